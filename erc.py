@@ -1,22 +1,23 @@
 """Entropy Ratio Clipping (Su et al., arXiv 2512.05591) for LLM reinforcement learning, whole, in one file.
 
-    python erc.py                                      the paper's run: DeepSeek-R1-Distill-Qwen-1.5B, one 80 GB GPU
-    python erc.py --preset tiny                        the same code on a 0.5 M-parameter model, minutes on a CPU
-    python erc.py --model DIR --data FILE --no-erc     your model, your problems, plain DAPO
-    python erc.py --help                               every setting with its reason and source
+    python erc.py                                   the paper's run: a 1.5B reasoning model on one 80 GB GPU
+    python erc.py --preset tiny                     the same code on a 0.5 M-parameter model, minutes on a CPU
+    python erc.py --model DIR --data FILE --no-erc  your model, your problems, plain DAPO
+    python erc.py --help                            every setting with its reason and source
 
-PPO-clip watches one number a token: how the probability of the *sampled* token moved. The rest of the distribution
-may drift unseen. ERC adds a second number, the ratio ρ of the token's new to its old entropy (eq. 8), and drops the
-gradient of every token whose ρ has left (1 - β_low, 1 + β_high) (eq. 9). The method is `policy_loss`; all else is
-what it takes to run it: sample, verify, take π_old's statistics, update eight times, give the sampler the weights.
+PPO-clip watches one number a token: how the probability of the *sampled* token moved. The rest of the
+distribution may drift unseen. ERC adds a second number, the ratio ρ of the token's new to its old entropy
+(eq. 8), and drops the gradient of every token whose ρ has left (1 - β_low, 1 + β_high) (eq. 9). The method is
+`policy_loss`; all else is what it takes to run it: sample, verify, take π_old's statistics, update eight
+times, give the sampler the new weights.
 
-Left out on purpose: a critic, a reference model, asynchronous rollouts, tensor parallelism, config files, loggers.
+Left out on purpose: critic, reference model, asynchronous rollouts, tensor parallelism, config files.
 
-Axes, as suffixes: P prompts, G samples a prompt, B = P·G responses, T response tokens, L prompt + response tokens,
-N response tokens laid flat, C a chunk of N, D hidden size, V vocabulary. Entropies and log-probs are in nats.
+Axes, as suffixes: P prompts, G samples a prompt, B = P·G responses, T response tokens, L prompt and response
+tokens, N response tokens laid flat, C a chunk of N, D hidden size, V vocabulary. Log-probs, entropies: nats.
 """
 import os
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch loads: long-spinning threads starve shared cores
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long spinning starves shared cores
 
 import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, sys, time
 import multiprocessing as mp
@@ -34,37 +35,37 @@ class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with status 2."""
 
 
-# -------------------------------------------------------------------------------------------------------- Settings
+# --------------------------------------------------------------------------------------------------- Settings
 
-EPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}  # ε_low, ε_high (§4.1)
+EPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}  # ε_low, ε_high
 
 
 @dataclass
 class Config:  # the comments are the text of --help
-    preset: str = "paper"              # paper | official (what only the authors' code does) | tiny (a CPU, minutes)
+    preset: str = "paper"        # paper | official (plus what only the authors' code does) | tiny (a CPU)
     model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # causal LM: Hugging Face id or directory (§4.1)
-    data: str = "Kwai-Klear/KlearReasoner-MathSub-30K"  # .json/.jsonl file or data set ID[:CONFIG[:SPLIT]] (§4.1)
-    eval_data: str = ""                # held-out problems, same formats: greedy accuracy every eval_every steps
+    data: str = "Kwai-Klear/KlearReasoner-MathSub-30K"  # file, or data set ID[:CONFIG[:SPLIT]] (§4.1)
+    eval_data: str = ""              # held-out problems: greedy accuracy every eval_every steps
     # the objective
-    algo: str = "dapo"                 # grpo (eq. 5) | dapo (eq. 6) | gppo (eq. 7) | gspo (sequence ratio, §5.7)
+    algo: str = "dapo"              # grpo (eq. 5) | dapo (eq. 6) | gppo (eq. 7) | gspo (§5.7)
     erc: bool = True                   # drop tokens whose entropy ratio left the band (eq. 9)
     eps_low: float = None              # PPO-clip at r = 1 - ε_low; default 0.2, gspo 3e-4
     eps_high: float = None             # PPO-clip at r = 1 + ε_high; default 0.2, dapo 0.28, gspo 4e-4
     beta_low: float = 0.05             # ERC keeps ρ > 1 - β_low (§4.1)
     beta_high: float = 0.05            # ERC keeps ρ < 1 + β_high (§4.1)
-    dual_clip: float = 0.0             # A < 0: objective floored at this many A; 0 off (paper), authors' code 10
+    dual_clip: float = 0.0          # A < 0: objective floored at this many A; 0 off, authors' code 10
     kl_coef: float = 0.0               # PPO-penalty, coefficient of KL(π_old‖π_θ) (eq. 2): an ablation (§5.5)
     entropy_coef: float = 0.0          # entropy bonus: an ablation (§5.6)
-    nll_coef: float = 0.0              # NLL of the samples with reward 1; 0 off (paper), authors' code 0.1
+    nll_coef: float = 0.0              # NLL of the samples with reward 1; 0 off, authors' code 0.1
     # one step: a rollout batch and its updates
     prompts_per_step: int = 128        # groups in a rollout batch (§4.1)
     group_size: int = 8                # samples a prompt, G (§4.1)
     minibatch_prompts: int = 16        # groups an optimizer step: 128 / 16 = 8 updates a rollout batch (§4.1)
-    oversample: float = 2.0            # prompts sampled a round, in batches; equal-reward groups go (authors' code)
-    max_rounds: int = 3                # rounds of sampling at most, until the batch is full (DAPO; authors' code 1)
+    oversample: float = 2.0      # batches of prompts sampled a round; equal rewards go (authors' code)
+    max_rounds: int = 3          # rounds at most, until the batch is full (DAPO; authors' code 1)
     max_prompt_tokens: int = 4096      # longer prompts are left out (authors' code)
     max_response_tokens: int = 16384   # longer responses are cut off (§4.1)
-    overlong_buffer: int = 0           # DAPO's length penalty, over the last so many tokens; 0 off (authors' code)
+    overlong_buffer: int = 0      # DAPO's length penalty over the last so many tokens; 0 off (authors)
     temperature: float = 1.0           # of sampling and of all statistics; top-p 1, top-k off (authors' code)
     # optimisation
     steps: int = 1000                  # rollout batches (ours; the authors train 10 epochs)
@@ -103,25 +104,25 @@ class Config:  # the comments are the text of --help
 
 INF = math.inf
 RANGES = dict(
-    eps_low=(0, 1), eps_high=(0, INF), beta_low=(0, INF), beta_high=(0, INF), dual_clip=(0, INF), kl_coef=(0, INF),
-    entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(1, INF), group_size=(2, INF),
-    oversample=(1, 100), max_rounds=(1, 1000), max_prompt_tokens=(1, INF), max_response_tokens=(1, INF),
-    temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF), weight_decay=(0, 1),
-    grad_clip=(1e-9, INF), micro_tokens=(1, INF), gpu_memory=(0.05, 0.95), eval_every=(1, INF), save_every=(1, INF),
-    seed=(0, 2**32))
+    eps_low=(0, 1), eps_high=(0, INF), beta_low=(0, INF), beta_high=(0, INF), dual_clip=(0, INF),
+    kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(1, INF),
+    group_size=(2, INF), oversample=(1, 100), max_rounds=(1, 1000), max_prompt_tokens=(1, INF),
+    max_response_tokens=(1, INF), temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF), weight_decay=(0, 1),
+    grad_clip=(1e-9, INF), micro_tokens=(1, INF), gpu_memory=(0.05, 0.95), eval_every=(1, INF),
+    save_every=(1, INF), seed=(0, 2**32))
 PRESETS = {
     "paper": {},
     "official": dict(dual_clip=10.0, nll_coef=0.1, max_rounds=1),
-    "tiny": dict(model="runs/tiny-base", data="runs/tiny-base/train.jsonl", eval_data="runs/tiny-base/test.jsonl",
-                 prompts_per_step=64, minibatch_prompts=8, oversample=1.0, max_rounds=1, max_prompt_tokens=32,
-                 max_response_tokens=16, overlong_buffer=4, steps=100, lr=1e-4, sampler="hf", micro_tokens=4096, eval_every=10,
-                 save_every=20),
+    "tiny": dict(
+        model="runs/tiny-base", data="runs/tiny-base/train.jsonl", eval_data="runs/tiny-base/test.jsonl",
+        oversample=1.0, max_rounds=1, max_prompt_tokens=32, max_response_tokens=16, overlong_buffer=4,
+        steps=60, lr=1e-4, sampler="hf", micro_tokens=4096, save_every=20),
 }
 
 
 def parse_args(argv):
-    """Command line -> Config: the preset's settings, overridden by explicit flags. Under --resume the run's own
-    config.json is the base, and a flag may repeat but not change it; UserError names what differs."""
+    """Command line -> Config: the preset's settings, overridden by explicit flags. Under --resume the base is
+    the run's own config.json, which a flag may repeat but not change; UserError names what differs."""
     ap = argparse.ArgumentParser(prog="erc.py", description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     def fail(message): raise UserError(f"{message} (python erc.py --help lists all settings)")
@@ -140,13 +141,14 @@ def parse_args(argv):
     if not path.is_file():
         raise UserError(f"--resume: {path} not found; name the run's directory with --out")
     saved, free = json.loads(path.read_text()), {"steps", "eval_every", "save_every", "out", "resume"}
-    differ = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in given.items() - saved.items() if k not in free]
+    differ = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in given.items() - saved.items()
+              if k not in free]
     if differ:
         raise UserError(f"--resume: {path} was started with other settings: {', '.join(sorted(differ))}")
     return Config(**saved | given)
 
 
-# -------------------------------------------------------------------------------------------------------- Problems
+# --------------------------------------------------------------------------------------------------- Problems
 
 class Problem(NamedTuple):
     prompt: str | list         # the user's turn as text; a list of chat messages where the data has several
@@ -169,16 +171,17 @@ def problem_from(record, where):
     else:
         names = next((pair for pair in FIELDS if record.keys() >= set(pair)), None)
         if names is None:
-            missing = [b for a, b in FIELDS if a in record] + [a for a, b in FIELDS if b in record] or ["problem", "answer"]
-            raise UserError(f"{where}: missing field '{missing[0]}' (accepted pairs: {', '.join(map('/'.join, FIELDS))})")
+            half = [other for pair in FIELDS for one, other in (pair, pair[::-1]) if one in record]
+            raise UserError(f"{where}: missing field '{(half or ['problem'])[0]}'; accepted are "
+                            + ", ".join(map("/".join, FIELDS)))
         prompt, answer = (record[name] for name in names)
     if not prompt or not isinstance(prompt, (str, list)) or isinstance(prompt, str) and not prompt.strip():
         raise UserError(f"{where}: field '{names[0]}' must be a non-empty string")
     answers = answer if isinstance(answer, list) else [answer]
     for a in answers or [None]:
         if isinstance(a, bool) or not isinstance(a, (str, int, float)) or a != a or not str(a).strip():
-            raise UserError(f"{where}: field '{names[1]}' must be a number, a non-empty string or a list of these")
-    answers = [str(a).split("####")[-1].strip() for a in answers]           # GSM8K's solutions end in "#### answer"
+            raise UserError(f"{where}: field '{names[1]}' must be a number, a non-empty string or a list")
+    answers = [str(a).split("####")[-1].strip() for a in answers]     # GSM8K's solutions end in "#### answer"
     return Problem(prompt, answers if len(answers) > 1 else answers[0])
 
 
@@ -192,14 +195,14 @@ def load_problems(source):
         if not path.is_file():
             raise UserError(f"{source}: no such data file")
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-        whole = raw.lstrip().startswith(b"[")                               # else a record a line, whatever the suffix
+        whole = raw.lstrip().startswith(b"[")             # else a record a line, whatever the suffix
         for number, line in [(1, raw)] if whole else enumerate(raw.split(b"\n"), 1):
             try:
                 if line.strip():
                     found = json.loads(line.decode())
                     records += ([(f"{source}: record {i}", r) for i, r in enumerate(found, 1)] if whole
                                 else [(f"{source}: line {number}", found)])
-            except (ValueError, RecursionError) as e:                       # UnicodeDecodeError is a ValueError
+            except (ValueError, RecursionError) as e:     # UnicodeDecodeError is a ValueError
                 number += getattr(e, "lineno", 1 + line.count(b"\n", 0, getattr(e, "start", 0))) - 1
                 raise UserError(f"{source}: line {number}: not valid JSON in UTF-8 ({e})")
     else:
@@ -208,10 +211,10 @@ def load_problems(source):
         try:
             data = load_dataset(name, config or None, split=split or None)
         except (OSError, ValueError) as e:
-            raise UserError(f"data set {source}: cannot be loaded ({first_line(e)}); check the name and the network, or "
-                            "give a local .jsonl file with --data")
+            raise UserError(f"data set {source}: cannot be loaded ({first_line(e)}); check name and network, "
+                            "or give a local .jsonl file")
         if not split and "train" not in data and len(data) > 1:
-            raise UserError(f"data set {source}: choose a split: {', '.join(f'{name}:{config}:{s}' for s in data)}")
+            raise UserError(f"data set {source}: give a split, {name}:{config}:SPLIT, of {', '.join(data)}")
         rows = data if split else data["train"] if "train" in data else next(iter(data.values()))
         records = [(f"{source}: record {i}", r) for i, r in enumerate(rows, 1)]
     if not records:
@@ -223,7 +226,7 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- Reward
+# ----------------------------------------------------------------------------------------------------- Reward
 
 def last_boxed(text):
     """What the last `\\boxed{}` after the last `</think>` holds; None if there is none or it never closes.
@@ -243,11 +246,11 @@ def last_boxed(text):
 def verify_worker(pipe, seconds, megabytes):
     """Answer (boxed, reference) pairs from the pipe with 1.0 or 0.0 until it closes.
 
-    The time limit is the kernel's: after `seconds` of CPU time SIGPROF ends the process, in whatever C code it is.
-    So math-verify's own timeouts, whose SIGALRM has to wait for the interpreter, are off."""
+    The time limit is the kernel's: after `seconds` of CPU time SIGPROF ends the process, whatever C code it
+    is in. So math-verify's own timeouts, whose SIGALRM has to wait for the interpreter, are off."""
     from math_verify import parse, verify
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                            # Ctrl-C is the trainer's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to handle
     resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
     pipe.send("ready")
     while True:
@@ -259,19 +262,19 @@ def verify_worker(pipe, seconds, megabytes):
         try:
             gold, answer = (parse(rf"\boxed{{{s}}}", parsing_timeout=None) for s in (reference, boxed))
             right = verify(gold, answer, timeout_seconds=None)
-        except Exception:                                                   # sympy raises nearly all there are
+        except Exception:                                       # sympy raises nearly all there are
             right = False
         signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send(float(right))
 
 
 class Verifier:
-    """math-verify in worker processes. `killed` counts the answers that ran into a limit, and so scored 0.0."""
+    """math-verify in worker processes. `killed` counts answers that ran into a limit, and so scored 0.0."""
 
     def __init__(self, workers=None, seconds=5.0, megabytes=4096):
         if not find_spec("math_verify"):
             raise UserError("math-verify is not installed: pip install math-verify")
-        # A fork server that has imported all of it once: workers start in milliseconds and inherit no GPU state.
+        # A fork server that has imported all of it: workers start in milliseconds and inherit no GPU state.
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", "math_verify"])
         self.limits, self.killed = (seconds, megabytes), 0
@@ -299,25 +302,25 @@ class Verifier:
                 try:
                     pipe.send(todo[-1])
                     busy[pipe] = todo.pop()
-                except OSError:                                             # it died idle: a new one takes the pair
+                except OSError:                                 # it died idle: a new one takes the pair
                     self.idle.append(self.start())
             for pipe in wait(list(busy)):
                 pair = busy.pop(pipe)
                 try:
                     verdict[pair] = pipe.recv()
-                except (EOFError, OSError):                                 # a limit ended it: 0.0, and a new worker
+                except (EOFError, OSError):                     # a limit ended it: 0.0, and a new worker
                     self.killed, pipe = self.killed + 1, self.start()
                 self.idle.append(pipe)
         return [max((verdict[pair] for pair in pairs), default=0.0) for pairs in wanted]
 
 
-# -------------------------------------------------------------------------------------------------------- Rollouts
+# --------------------------------------------------------------------------------------------------- Rollouts
 
 @dataclass
 class Sample:
     prompt: list               # token ids, chat template included
     response: list             # token ids, end-of-sequence included
-    logp: list                 # the sampler's own log π of the response's tokens, to compare with the trainer's
+    logp: list               # the sampler's own log π of the response's tokens, to check with the trainer's
     truncated: bool            # cut off at the length limit: no end-of-sequence
     reward: float = 0.0
     advantage: float = 0.0
@@ -337,25 +340,26 @@ class HFSampler:
         """n samples of each prompt (token ids) -> list[Sample], prompt by prompt. Temperature 0 is greedy."""
         from transformers import GenerationConfig
         torch.manual_seed(seed)
-        greedy, samples, rows = temperature == 0, [], [p for p in prompts for _ in range(n)]
-        config = GenerationConfig(
-            do_sample=not greedy, temperature=None if greedy else temperature, top_p=None if greedy else top_p,
-            top_k=None if greedy else 0, repetition_penalty=1.0, num_beams=1, max_new_tokens=max_tokens,
-            eos_token_id=self.eos, pad_token_id=self.pad)
-        def record(ids_BL, logits_BV):              # called before each token is drawn: the last column of ids was
+        samples, rows, draw = [], [p for p in prompts for _ in range(n)], dict(do_sample=False)
+        if temperature:
+            draw = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
+        config = GenerationConfig(**draw, repetition_penalty=1.0, num_beams=1, max_new_tokens=max_tokens,
+                                  eos_token_id=self.eos, pad_token_id=self.pad)
+        def record(ids_BL, logits_BV):         # called before each token is drawn; the last column of ids was
             if columns:                             # drawn from the logits of the call before
                 columns[-1] = columns[-1].gather(1, ids_BL[:, -1:])
             columns.append((logits_BV.float() / (temperature or 1.0)).log_softmax(-1))
             return logits_BV
-        # Unset fields would come from the checkpoint's generation_config.json; gradient checkpointing forbids a cache.
+        # Unset fields would come from the checkpoint's generation_config.json; checkpointing forbids a cache.
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
-        size = max(1, 2**16 // (max(map(len, rows)) + max_tokens))          # 65,536 tokens of KV cache at a time
+        size = max(1, 2**16 // (max(map(len, rows)) + max_tokens))              # 65,536 tokens of KV cache
         for part in (rows[i:i + size] for i in range(0, len(rows), size)):
             columns, L = [], max(map(len, part))
             ids_BL = torch.tensor([[self.pad] * (L - len(p)) + p for p in part], device=self.model.device)
-            seen_BL = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in part], device=self.model.device)
+            lengths_B1 = torch.tensor([len(p) for p in part], device=self.model.device)[:, None]
+            seen_BL = (torch.arange(L, device=self.model.device) >= L - lengths_B1).long()
             with autocast(self.model.device):
                 out_BL = self.model.generate(ids_BL, attention_mask=seen_BL, generation_config=config,
                                              logits_processor=[record])
@@ -370,11 +374,11 @@ class HFSampler:
 
 
 class VLLMSampler:
-    """vLLM in this process. It holds its own copy of the weights: `load_weights` is due after every change, and on a
-    GPU, where it sleeps while we train, before every `generate` that follows a `sleep`."""
+    """vLLM in this process. It holds its own copy of the weights: `load_weights` is due after every change of
+    the trainer's, and after every `sleep`."""
 
     def __init__(self, path, max_tokens, eos, gpu_memory=0.6):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"                  # the engine in this process: no IPC
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"          # the engine in this process: no IPC
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         self.eos, cuda = eos, torch.cuda.is_available()
@@ -391,7 +395,7 @@ class VLLMSampler:
     def load_weights(self, model):
         """Copy the trainer's parameters on the device, and forget the prefixes cached under the old ones."""
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()                                        # what torch holds unused, vLLM cannot have
+            torch.cuda.empty_cache()                            # what torch holds unused, vLLM cannot have
         self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": model.state_dict().items()})
         self.llm.wake_up(tags=["kv_cache"])
@@ -400,25 +404,26 @@ class VLLMSampler:
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=0):
         """n samples of each prompt (token ids) -> list[Sample], prompt by prompt. Temperature 0 is greedy."""
         from vllm import SamplingParams
-        torch.manual_seed(seed)                                             # vLLM draws from torch's own generator
+        torch.manual_seed(seed)                                 # vLLM draws from torch's own generator
         params = SamplingParams(
             n=n, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0, repetition_penalty=1.0,
             presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None, stop_token_ids=self.eos,
             ignore_eos=False, min_tokens=0, max_tokens=max_tokens, logprobs=0, detokenize=False)
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=sys.stderr.isatty())
+        ids = [{"prompt_token_ids": p} for p in prompts]
+        outs = self.llm.generate(ids, params, use_tqdm=sys.stderr.isatty())
         return [Sample(p, list(o.token_ids), [l[y].logprob for l, y in zip(o.logprobs, o.token_ids)],
                        o.finish_reason == "length") for p, out in zip(prompts, outs) for o in out.outputs]
 
 
-# --------------------------------------------------------------------------------------------------- Entropy ratio
+# ---------------------------------------------------------------------------------------------- Entropy ratio
 
 def logp_entropy(logits_NV, targets_N):
     """log π(y) and H(π) = -Σ_v π_v log π_v of each row, in nats and fp32 -> (logp_N, entropy_N).
 
-    With d = z - max z and s = Σ e^d without the argmax's own term: log π(y) = d_y - log(1+s), and
-    H = log(1+s) - Σ e^d·d / (1+s). All terms have one sign, so nothing cancels and H keeps a relative error of 1e-6
-    where the policy is near-deterministic, as most tokens of a reasoning model are; the textbook logsumexp(z) - Σπz
-    is 17 % off at H = 6e-5, and ERC asks about 5 %. Logits may be -inf (probability 0).
+    With d = z - max z and s = Σ e^d without the argmax's own term: log π(y) = d_y - log(1+s), and H =
+    log(1+s) - Σ e^d·d / (1+s). All terms have one sign, so nothing cancels, and H keeps a relative error of
+    1e-6 where the policy is near-deterministic, as at most tokens of a reasoning model. The usual
+    logsumexp(z) - Σπz is 17 % off at H = 6e-5, where ERC asks about 5 %. Logits may be -inf (probability 0).
 
     >>> [round(x.item(), 4) for x in logp_entropy(torch.tensor([[.85, 0, .15, 0]]).log(), torch.tensor([0]))]
     [-0.1625, 0.4227]
@@ -427,15 +432,15 @@ def logp_entropy(logits_NV, targets_N):
     top_N1, argmax_N1 = logits_NV.max(-1, keepdim=True)
     d_NV = logits_NV - top_N1
     d_y_N = d_NV.gather(-1, targets_N[:, None]).squeeze(-1)
-    d_NV = d_NV.clamp(min=-1e4).scatter(-1, argmax_N1, -1e4)                # e^-10000 is 0, and 0 · -10000 no NaN
+    d_NV = d_NV.clamp(min=-1e4).scatter(-1, argmax_N1, -1e4)    # e^-10000 is 0, and 0 · -10000 no NaN
     e_NV = d_NV.exp()
     s_N = e_NV.sum(-1)
     return d_y_N - s_N.log1p(), s_N.log1p() - torch.linalg.vecdot(e_NV, d_NV) / (1 + s_N)
 
 
 class HeadStats(torch.autograd.Function):
-    """logp_entropy(hidden @ weight.T / temperature, targets), a chunk of rows at a time; the backward computes each
-    chunk's logits again, so the peak does not grow with N."""
+    """logp_entropy(hidden @ weight.T / temperature, targets), a chunk of rows at a time. The backward
+    computes each chunk's logits again, so that the peak does not grow with N."""
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy_grad, chunk):
@@ -456,12 +461,13 @@ class HeadStats(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N, logp_N, entropy_N = ctx.saved_tensors
         W_VD = weight_VD.float()
         g_hidden_ND, g_weight_VD = torch.zeros_like(hidden_ND), torch.zeros_like(W_VD)
-        alive_N = (g_logp_N != 0) | ctx.entropy_grad                        # a dropped token costs no backward
+        alive_N = (g_logp_N != 0) | ctx.entropy_grad            # a dropped token costs no backward
         for n_C in alive_N.nonzero().squeeze(1).split(ctx.chunk):
-            x_CD, y_C1, logp_C1 = hidden_ND[n_C].float() / ctx.temperature, targets_N[n_C, None], logp_N[n_C, None]
+            x_CD = hidden_ND[n_C].float() / ctx.temperature
+            y_C1, logp_C1, H_C1 = targets_N[n_C, None], logp_N[n_C, None], entropy_N[n_C, None]
             z_CV = x_CD @ W_VD.T
-            z_CV += logp_C1 - z_CV.gather(1, y_C1)                          # now log π_v
-            h_CV = (z_CV + entropy_N[n_C, None]) * z_CV.exp() * g_entropy_N[n_C, None] if ctx.entropy_grad else 0.0
+            z_CV += logp_C1 - z_CV.gather(1, y_C1)              # now log π_v
+            h_CV = (z_CV + H_C1) * z_CV.exp() * g_entropy_N[n_C, None] if ctx.entropy_grad else 0.0
             # ∂ log π_y / ∂z_v = δ_vy - π_v, and 1 - π_y = -expm1(log π_y) without cancellation
             # ∂ H / ∂z_v = -π_v (log π_v + H)
             dz_CV = z_CV.exp_().scatter_(1, y_C1, logp_C1.expm1()).mul_(-g_logp_N[n_C, None]).sub_(h_CV)
@@ -473,11 +479,11 @@ class HeadStats(torch.autograd.Function):
 def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=False, chunk=256):
     """log π(y) and H of the policy softmax(lm_head(hidden) / temperature) -> (logp_N, entropy_N), nats, fp32.
 
-    Never holds more than one chunk of logits, forward or backward. Differentiable in hidden and lm_head.weight; the
-    entropy carries a gradient only with `entropy_grad`. UserError: a head with a bias."""
+    Never holds more than one chunk of logits, forward or backward. Differentiable in hidden and
+    lm_head.weight; the entropy carries a gradient only with `entropy_grad`. UserError: a head with a bias."""
     if getattr(lm_head, "bias", None) is not None:
         raise UserError("the model's output head has a bias, which token_stats leaves out: use another model")
-    with torch.autocast(hidden_ND.device.type, enabled=False):              # the head is fp32 inside autocast, too
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # the head is fp32 inside autocast, too
         return HeadStats.apply(hidden_ND, lm_head.weight, targets_N, temperature, entropy_grad, chunk)
 
 
@@ -490,45 +496,46 @@ def entropy_ratio(entropy, old_entropy):
     return (entropy + 1e-8) / (old_entropy + 1e-8)
 
 
-# ------------------------------------------------------------------------------------------------------- Objective
+# -------------------------------------------------------------------------------------------------- Objective
 
 def group_advantages(rewards_PG):
-    """Â = (r - mean) / (std + 1e-6) within each group of G >= 2 samples, unbiased std (eq. 4) -> advantages_PG.
+    """Â = (r - mean) / (std + 1e-6) within each group of G >= 2 samples, unbiased std (eq. 4).
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 0.], [1., 1., 1., 1.]])).round(decimals=3).tolist()
     [[1.5, -0.5, -0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
     """
-    r_PG = rewards_PG.double()                                              # fp32 rounding over 1e-6 would not be 0
+    r_PG = rewards_PG.double()                                  # fp32 rounding over 1e-6 would not be 0
     return ((r_PG - r_PG.mean(1, keepdim=True)) / (r_PG.std(1, keepdim=True) + 1e-6)).float()
 
 
 def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT, cfg, norm=None):
-    """The objective of every method here, negated -> (loss, metrics): a scalar to minimise and a dict of floats.
+    """The objective of every method here, negated -> (loss, metrics): a scalar to minimise, a dict of floats.
 
-    mask_BT marks response tokens. `norm` divides the sum: the whole mini-batch's number of response tokens (dapo,
-    gppo) or of responses (grpo, gspo), by default this call's own. cfg: algo, erc, eps_*, beta_*, dual_clip, kl_coef,
-    entropy_coef. metrics, over this call's tokens: the shares where the PPO clip binds (ppo_clip) and where ρ is
-    below (erc_low) or above (erc_high) the band, dropped or not; mean entropy; KL(π_old‖π_θ). Nats."""
+    mask_BT marks response tokens. `norm` divides the sum: the whole mini-batch's number of response tokens
+    (dapo, gppo) or of responses (grpo, gspo); by default this call's own. cfg: algo, erc, eps_*, beta_*,
+    dual_clip, kl_coef, entropy_coef. metrics, over this call's tokens: the shares where the PPO clip binds
+    (ppo_clip) and where ρ is below (erc_low) or above (erc_high) the band, dropped or not; mean entropy;
+    KL(π_old‖π_θ). Nats."""
     mask_BT, A_B1 = mask_BT.bool(), advantages_B[:, None]
-    length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                                           # |y_i|
+    length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                                     # |y_i|
     # Padding may hold anything; e^±20 bounds r, so that no 0 · ∞ gets into the gradient.
-    log_r_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0).clamp(-20, 20)                    # log r, eq. 1
+    log_r_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0).clamp(-20, 20)              # eq. 1
     entropy_BT = entropy_BT.masked_fill(~mask_BT, 0.0)
     r_BT = log_r_BT.exp()
-    if cfg.algo == "gspo":               # the value is the sequence's ratio, the gradient each token's own part of it
+    if cfg.algo == "gspo":       # the value is the sequence's ratio, the gradient each token's own part of it
         r_BT = (log_r_BT - log_r_BT.detach() + log_r_BT.detach().sum(1, keepdim=True) / length_B1).exp()
-    bound_BT = r_BT.clamp(1 - cfg.eps_low, 1 + cfg.eps_high)                                        # eqs. 3, 5, 6
-    ppo_BT = (r_BT - bound_BT) * A_B1 > 0                                             # there the min takes the bound
+    bound_BT = r_BT.clamp(1 - cfg.eps_low, 1 + cfg.eps_high)                                  # eqs. 3, 5, 6
+    ppo_BT = (r_BT - bound_BT) * A_B1 > 0                                                   # the min takes it
     if cfg.algo == "gppo":
-        bound_BT = (bound_BT / r_BT).detach() * r_BT                                                # eq. 7
-    J_BT = torch.minimum(r_BT * A_B1, bound_BT * A_B1)                                              # eqs. 3, 5, 6, 7
+        bound_BT = (bound_BT / r_BT).detach() * r_BT                                          # eq. 7
+    J_BT = torch.minimum(r_BT * A_B1, bound_BT * A_B1)                                       # eqs. 3, 5, 6, 7
     if cfg.dual_clip:
         J_BT = torch.where(A_B1 < 0, torch.maximum(J_BT, cfg.dual_clip * A_B1), J_BT)
-    rho_BT = entropy_ratio(entropy_BT.detach(), old_entropy_BT)                                     # eq. 8
+    rho_BT = entropy_ratio(entropy_BT.detach(), old_entropy_BT)                               # eq. 8
     low_BT, high_BT = rho_BT <= 1 - cfg.beta_low, rho_BT >= 1 + cfg.beta_high
     if cfg.erc:
-        J_BT = J_BT.masked_fill(low_BT | high_BT, 0.0)                                              # eq. 9, I_{i,t}
-    kl_BT = log_r_BT.exp() - 1 - log_r_BT                          # eq. 2: its mean over y ~ π_old is KL(π_old‖π_θ)
+        J_BT = J_BT.masked_fill(low_BT | high_BT, 0.0)                                        # eq. 9
+    kl_BT = log_r_BT.exp() - 1 - log_r_BT               # eq. 2: its mean over y ~ π_old is KL(π_old‖π_θ)
     loss_BT = -J_BT + cfg.kl_coef * kl_BT - cfg.entropy_coef * entropy_BT
     # Eqs. 6, 7, 9 divide by Σ|y_i|, dropped tokens included; eq. 5 averages over each response first.
     weight_BT = mask_BT / (length_B1 if cfg.algo in ("grpo", "gspo") else 1)
@@ -539,11 +546,11 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     return loss, dict(zip(shown, means))
 
 
-# -------------------------------------------------------------------------------------------------------- Training
+# --------------------------------------------------------------------------------------------------- Training
 
-# The mean |Δ log π| between sampler and trainer over which a run stops, without and with a GPU. fp32 against fp32
-# agrees to 1e-6, and on the tiny preset one forgotten sync costs 1e-2. Between two bf16 bodies rounding alone makes
-# about 1e-2, so there only gross errors show: wrong weights, another temperature.
+# The mean |Δ log π| between sampler and trainer over which a run stops, without and with a GPU. fp32 against
+# fp32 agrees to 1e-6, and on the tiny preset one forgotten sync costs 1e-2. Between two bf16 bodies rounding
+# alone makes about 1e-2, so there only gross errors show: wrong weights, another temperature.
 MAX_GAP = 1e-3, 0.1
 
 
@@ -553,7 +560,8 @@ def autocast(device):
 
 
 def load_model(path, device):
-    """A Hugging Face causal LM -> (model, tokenizer, eos): fp32 masters, no dropout, every end-of-sequence id."""
+    """A Hugging Face causal LM -> (model, tokenizer, eos): fp32 masters, no dropout, every end-of-sequence
+    id."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -561,17 +569,18 @@ def load_model(path, device):
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
-            setattr(config, name, 0.0)                                      # with dropout r ≠ 1 at equal weights
+            setattr(config, name, 0.0)                                   # with dropout r ≠ 1 at equal weights
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"model {path}: cannot be loaded ({first_line(e)}); check the path, or the network")
     listed = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if not eos:
-        raise UserError(f"model {path}: neither tokenizer nor generation config names an end-of-sequence token")
-    text = "Let x = 3.\n\n  Then 2x = 6"                                    # a wrong tokenizer class loses white space
-    if tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids, clean_up_tokenization_spaces=False) != text:
-        raise UserError(f"model {path}: its tokenizer does not decode what it encodes; check the tokenizer's files")
+        raise UserError(f"model {path}: neither tokenizer nor generation config has an end-of-sequence token")
+    text = "Let x = 3.\n\n  Then 2x = 6"              # a tokenizer read as the wrong class loses white space
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
+        raise UserError(f"model {path}: its tokenizer does not decode what it encodes; check its files")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = min(eos)                                   # harmless: all masks go by length
     if device.type == "cuda":
@@ -580,12 +589,13 @@ def load_model(path, device):
 
 
 def encode(tokenizer, prompt):
-    """The prompt as one user turn of the chat template -> token ids; the bare text where there is no template."""
+    """The prompt as one user turn of the chat template -> token ids; the bare text where there is no
+    template."""
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(t["content"] for t in turns) + "\n").input_ids
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False).input_ids              # the template has written the specials
+    return tokenizer(text, add_special_tokens=False).input_ids         # the template has written the specials
 
 
 def micro_batches(samples, budget):
@@ -600,24 +610,26 @@ def micro_batches(samples, budget):
 
 def forward(model, samples, cfg, entropy_grad=False):
     """One micro-batch -> (logp_BT, entropy_BT, mask_BT). Old and new statistics both come from here."""
-    rows, column = [s.prompt + s.response for s in samples], lambda x: torch.tensor(x, device=model.device)[:, None]
-    start_B1, length_B1 = column([len(s.prompt) for s in samples]), column([len(s.response) for s in samples])
+    device, rows = model.device, [s.prompt + s.response for s in samples]
     L, T = max(map(len, rows)), max(len(s.response) for s in samples)
+    start_B1 = torch.tensor([[len(s.prompt)] for s in samples], device=device)
+    length_B1 = torch.tensor([[len(s.response)] for s in samples], device=device)
     # Padding on the right, where causal attention sees it from no response token: no attention mask.
-    ids_BL = torch.tensor([row + [0] * (L - len(row)) for row in rows], device=model.device)
+    ids_BL = torch.tensor([row + [0] * (L - len(row)) for row in rows], device=device)
     # Position l predicts token l + 1: the response, tokens p … p+t-1, is predicted at p-1 … p+t-2.
-    l_L, mask_BT = torch.arange(L, device=model.device), torch.arange(T, device=model.device) < length_B1
+    l_L, mask_BT = torch.arange(L, device=device), torch.arange(T, device=device) < length_B1
     predicts_BL = (l_L >= start_B1 - 1) & (l_L < start_B1 - 1 + length_B1)
-    with autocast(model.device):
+    with autocast(device):
         hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    stats = token_stats(hidden_BLD[predicts_BL], model.get_output_embeddings(), ids_BL.roll(-1, 1)[predicts_BL],
-                        cfg.temperature, entropy_grad)
+    hidden_ND, targets_N = hidden_BLD[predicts_BL], ids_BL.roll(-1, 1)[predicts_BL]
+    stats = token_stats(hidden_ND, model.get_output_embeddings(), targets_N, cfg.temperature, entropy_grad)
     logp_BT, entropy_BT = (x_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x_N) for x_N in stats)
     return logp_BT, entropy_BT, mask_BT
 
 
 def overlong(length, cfg):
-    """DAPO's length penalty: 0 up to max - buffer tokens, then linear, to 1 at max. To be taken off the reward."""
+    """DAPO's length penalty: 0 up to max - buffer tokens, then linear, to 1 at max. To be taken off the
+    reward."""
     return max(0, length - cfg.max_response_tokens + cfg.overlong_buffer) / max(1, cfg.overlong_buffer)
 
 
@@ -627,10 +639,11 @@ def epoch_order(n, seed, epoch):
 
 
 def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
-    """Sample, verify, keep the groups whose rewards differ -> (groups, a sample to show, new cursor, metrics).
+    """Sample, verify, keep the groups whose rewards differ -> (groups, a sample to show, new cursor,
+    metrics).
 
-    Rounds go on until prompts_per_step groups are kept, max_rounds at most. All randomness is a function of seed,
-    step and cursor, so a resumed run draws the same."""
+    Rounds go on until prompts_per_step groups are kept, max_rounds at most. All randomness is a function of
+    seed, step and cursor, so a resumed run draws the same."""
     groups, seen, n, G = [], [], len(prompts), cfg.group_size
     m, killed = dict(seconds_sample=0.0, seconds_verify=0.0), verifier.killed
     for round in range(cfg.max_rounds):
@@ -640,15 +653,18 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
         chosen = [prompts[epoch_order(n, cfg.seed, k // n)[k % n]] for k in range(cursor, cursor + count)]
         cursor += count
         seed = random.Random(f"sample {cfg.seed} {step} {round}").getrandbits(32)
-        samples = sampler.generate([ids for ids, _ in chosen], G, cfg.max_response_tokens, cfg.temperature, seed=seed)
+        samples = sampler.generate([ids for ids, _ in chosen], G, cfg.max_response_tokens, cfg.temperature,
+                                   seed=seed)
         sampled = time.perf_counter()
         texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
         rewards = verifier.score(texts, [answer for _, answer in chosen for _ in range(G)])
-        shaped_PG = torch.tensor([r - overlong(len(s.response), cfg) for s, r in zip(samples, rewards)]).view(count, G)
+        shaped_B = torch.tensor([r - overlong(len(s.response), cfg) for s, r in zip(samples, rewards)])
+        shaped_PG = shaped_B.view(count, G)
         for s, r, a in zip(samples, rewards, group_advantages(shaped_PG).flatten().tolist()):
             s.reward, s.advantage = r, a
         seen += samples
-        # Equal rewards give no gradient: DAPO drops such groups; in GRPO's mean over responses they count as zeros.
+        # Equal rewards give no gradient: DAPO drops such groups; in GRPO's mean over responses they count as
+        # zeros.
         groups += [samples[p * G:p * G + G] for p, r_G in enumerate(shaped_PG)
                    if cfg.algo == "grpo" or (r_G != r_G[0]).any()]
         m["seconds_sample"] += sampled - started
@@ -673,14 +689,16 @@ def old_statistics(model, micros, cfg, bar):
     gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
-        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (limit {limit}): the sampler has stale "
-                        "weights, or it samples from another distribution (temperature, top-p, precision)")
-    return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=time.perf_counter() - started)
+        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (limit {limit}): the sampler "
+                        "has stale weights, or samples another distribution (temperature, top-p, precision)")
+    seconds = time.perf_counter() - started
+    return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=seconds)
 
 
 def update(model, optimizer, groups, cfg, bar):
-    """The optimizer steps of one rollout batch -> metrics. Old statistics of all mini-batches come first, from the
-    micro-batches that the updates use, so that r ≡ 1 and ρ ≡ 1 on the first one; UserError if they are not."""
+    """The optimizer steps of one rollout batch -> metrics. Old statistics of all mini-batches come first,
+    from the micro-batches that the updates use, so that r ≡ 1 and ρ ≡ 1 on the first one; UserError if they
+    are not."""
     size = cfg.minibatch_prompts
     minis = [sum(groups[i:i + size], []) for i in range(0, len(groups), size)]
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
@@ -688,15 +706,17 @@ def update(model, optimizer, groups, cfg, bar):
     old, m = old_statistics(model, sum(plan, []), cfg, bar)
     started, old, sums, rhos, norms = time.perf_counter(), iter(old), {}, [], []
     for mini, micros in zip(minis, plan):
-        # The denominators are the mini-batch's, so its gradient is the same however it is cut into micro-batches.
+        # The denominators are the mini-batch's, so its gradient is the same however it is cut into
+        # micro-batches.
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
         right = sum(len(s.response) for s in mini if s.reward == 1.0)
         for micro in micros:
             old_logp_BT, old_entropy_BT, mask_BT = next(old)
             logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
             advantages_B = torch.tensor([s.advantage for s in micro], device=model.device)
-            loss, shown = policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT, cfg, norm)
-            if cfg.nll_coef and right:                                      # authors' code: imitate what was right
+            loss, shown = policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT,
+                                      cfg, norm)
+            if cfg.nll_coef and right:                                 # authors' code: imitate what was right
                 right_B1 = torch.tensor([[s.reward == 1.0] for s in micro], device=model.device)
                 loss = loss - cfg.nll_coef * logp_BT[mask_BT & right_B1].sum() / right
             loss.backward()
@@ -705,8 +725,8 @@ def update(model, optimizer, groups, cfg, bar):
                 sums[name] = sums.get(name, 0.0) + value * len(rhos[-1])
             drift = max((logp_BT - old_logp_BT).abs().max().item(), (rhos[-1] - 1).abs().max().item())
             if not norms and not drift < 1e-3:
-                raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new statistics do not "
-                                "come from the same weights through the same code, and ratios of them mean nothing")
+                raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new statistics "
+                                "do not come from the same weights through the same code")
             bar.update()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
@@ -714,7 +734,7 @@ def update(model, optimizer, groups, cfg, bar):
         optimizer.zero_grad()
     rho_N, finite = torch.cat(rhos), [x for x in norms if math.isfinite(x)]
     m |= {name: total / len(rho_N) for name, total in sums.items()}
-    rho_N = rho_N[::1 + len(rho_N) // 2**20].sort().values                  # quantiles of a million tokens at most
+    rho_N = rho_N[::1 + len(rho_N) // 2**20].sort().values             # quantiles of a million tokens at most
     m |= {f"rho_p{q}": rho_N[len(rho_N) * q // 100].item() for q in (1, 50, 99)}
     return m | dict(grad_norm=sum(finite) / max(1, len(finite)), grad_norm_max=max(finite, default=0.0),
                     updates=len(finite), updates_skipped=len(norms) - len(finite),
@@ -726,7 +746,9 @@ def budget(model, cfg):
     c, cuda, n = model.config.get_text_config(), model.device.type == "cuda", model.num_parameters()
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
     layer = (2 if cuda else 4) * (4 * getattr(c, "intermediate_size", 4 * c.hidden_size) + 20 * c.hidden_size)
-    kept = 4 * c.hidden_size * c.num_hidden_layers + layer if cuda else layer * c.num_hidden_layers  # checkpointing
+    kept = layer * c.num_hidden_layers
+    if cuda:                                     # gradient checkpointing: each layer's input, and one layer
+        kept = 4 * c.hidden_size * c.num_hidden_layers + layer
     parts = {"fp32 masters": 4 * n, "gradients": 4 * n, "Adam": 8 * n, "activations": tokens * kept,
              "head": 4 * c.vocab_size * (3 * 256 + c.hidden_size)}
     line = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
@@ -735,21 +757,22 @@ def budget(model, cfg):
 
 
 def rehearse(model, optimizer, cfg):
-    """Forward and backward of the largest micro-batch, Adam's state in place: what does not fit fails now, not in an
-    hour; UserError says what to lower. Leaves weights and optimizer as they were."""
+    """Forward and backward of the largest micro-batch, Adam's state in place: what does not fit fails now,
+    not in an hour; UserError says what to lower. Leaves weights and optimizer as they were."""
     length = cfg.max_prompt_tokens + cfg.max_response_tokens
     sample = Sample([0] * cfg.max_prompt_tokens, [0] * cfg.max_response_tokens, [], True)
     try:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         for g in optimizer.param_groups:
-            g["lr"] = 0.0                                                   # `train` sets it before every update
-        optimizer.step()                                                    # allocates the moments, moves nothing
-        logp_BT, entropy_BT, _ = forward(model, [sample] * max(1, cfg.micro_tokens // length), cfg, bool(cfg.entropy_coef))
+            g["lr"] = 0.0                                                # `train` sets it before every update
+        optimizer.step()                                                # allocates the moments, moves nothing
+        micro = [sample] * max(1, cfg.micro_tokens // length)
+        logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     except torch.OutOfMemoryError:
-        raise UserError(f"a micro-batch of {max(length, cfg.micro_tokens)} tokens does not fit this GPU: lower --micro-tokens "
-                        f"{cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
+        raise UserError(f"a micro-batch of {len(micro) * length} tokens does not fit this GPU: lower "
+                        f"--micro-tokens {cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
     optimizer.zero_grad()
     optimizer.state.clear()
 
@@ -761,16 +784,18 @@ def evaluate(cfg, sampler, verifier, tokenizer, prompts):
     return sum(verifier.score(texts, [answer for _, answer in prompts])) / len(prompts)
 
 
-HEADER = "  step reward heldout      H  ρ: p1   p50   p99  below  above PPO-clip  |grad| length   tok/s seconds"
+HEADER = "  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds"
+FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss starts
+       at the mean advantage, near 0, and ERC acts from the second update of a step on."""
 
 
 def log_line(m):
     line = f"{m['step']:6d} {m['reward']:6.3f} " + (f"{m['accuracy']:7.3f}" if "accuracy" in m else " " * 7)
     if "rho_p1" not in m:
         return f"{line} skipped: no group has rewards that differ"
-    return (f"{line} {m['entropy']:6.4f} {m['rho_p1']:6.3f} {m['rho_p50']:5.3f} {m['rho_p99']:5.3f} {m['erc_low']:6.1%} "
-            f"{m['erc_high']:6.1%} {m['ppo_clip']:8.2%} {m['grad_norm']:7.3f} {m['response_length']:6.1f} "
-            f"{m['tokens'] / m['seconds']:7.0f} {m['seconds']:7.1f}")
+    return (f"{line} {m['entropy']:6.4f} {m['rho_p1']:6.3f} {m['rho_p50']:5.3f} {m['rho_p99']:5.3f} "
+            f"{m['erc_low']:6.1%} {m['erc_high']:6.1%} {m['ppo_clip']:8.2%} {m['grad_norm']:6.3f} "
+            f"{m['response_length']:6.1f} {m['tokens'] / m['seconds']:6.0f} {m['seconds']:7.1f}")
 
 
 def append(path, record):
@@ -789,7 +814,8 @@ def save_dir(path, *parts):
 
 
 def save(path, **state):
-    """One file, written beside the last one, flushed to the disk, renamed over it: whole, or still the last one."""
+    """One file, written beside the last one, flushed to the disk, renamed over it: whole, or still the last
+    one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".new"), "wb") as f:
         torch.save(state, f)
@@ -799,13 +825,14 @@ def save(path, **state):
 
 
 def restore(out, model, optimizer):
-    """The last checkpoint into model and optimizer -> (step, cursor, bad); what was logged after it is cut off."""
+    """The last checkpoint into model and optimizer -> (step, cursor, bad); what was logged after it is cut
+    off."""
     state = torch.load(out / "checkpoint/state.pt", map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-        lines = path.read_text().splitlines(True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state["step"]))
+        lines = path.read_text().split("\n")[:-1]       # the last one may be cut off
+        path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"]))
     return state["step"], state["cursor"], state["bad"]
 
 
@@ -813,7 +840,7 @@ def setup(cfg):
     """Check and load all that a run needs, cheapest first, and print the derived quantities."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and cfg.model == Config.model:
-        raise UserError("no CUDA device: this run needs one 80 GB GPU. On a CPU try: python erc.py --preset tiny")
+        raise UserError("no CUDA device: this run needs one 80 GB GPU; on a CPU, python erc.py --preset tiny")
     if Path(cfg.out, "checkpoint/state.pt").is_file() != cfg.resume:
         raise UserError(f"--resume: {cfg.out} has no checkpoint; start it without --resume" if cfg.resume else
                         f"{cfg.out} holds a run: go on with --resume, or name another directory with --out")
@@ -824,23 +851,24 @@ def setup(cfg):
         build_tiny(Path(cfg.model))
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
     model, tokenizer, eos = load_model(cfg.model, device)
-    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
-        raise UserError(f"--max-prompt-tokens + --max-response-tokens is {longest}, but the model's context {context}")
-    prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= cfg.max_prompt_tokens]
+        raise UserError(f"--max-prompt-tokens + --max-response-tokens: {longest}, but the model's context {context}")
+    prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= limit]
                         for part in (problems, heldout))
     if not prompts:
-        raise UserError(f"{cfg.data}: every prompt is longer than --max-prompt-tokens {cfg.max_prompt_tokens}")
-    sampler = (VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory) if kind == "vllm" else  # before Adam: it wants its
-               HFSampler(model, eos, tokenizer.pad_token_id))                               # share of the card free
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, weight_decay=cfg.weight_decay, fused=device.type == "cuda")
-    updates = cfg.prompts_per_step // cfg.minibatch_prompts
+        raise UserError(f"{cfg.data}: every prompt is longer than --max-prompt-tokens {limit}")
+    if kind == "vllm":                                  # before Adam's state: it wants its share free
+        sampler = VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory)
+    else:
+        sampler = HFSampler(model, eos, tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay)
     print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {kind}\n"
-          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {cfg.max_prompt_tokens} "
-          f"tokens; {len(heldout)} held out\n"
-          f"{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × {cfg.group_size} samples a step, {updates} "
-          f"updates of {cfg.minibatch_prompts * cfg.group_size} responses\nmemory: {budget(model, cfg)}", flush=True)
+          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
+          f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × "
+          f"{cfg.group_size} samples a step, {cfg.prompts_per_step // cfg.minibatch_prompts} updates of "
+          f"{cfg.minibatch_prompts * cfg.group_size} responses\nmemory: {budget(model, cfg)}", flush=True)
     rehearse(model, optimizer, cfg)
     return model, tokenizer, optimizer, sampler, Verifier(), prompts, heldout
 
@@ -859,8 +887,9 @@ def train(cfg):
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     sampler.load_weights(model)
     if heldout and step == 0:
-        append(out / "metrics.jsonl", m := dict(step=0, accuracy=evaluate(cfg, sampler, verifier, tokenizer, heldout)))
-        print(f"held-out greedy accuracy before training: {m['accuracy']:.3f}")
+        accuracy = evaluate(cfg, sampler, verifier, tokenizer, heldout)
+        append(out / "metrics.jsonl", dict(step=0, accuracy=accuracy))
+        print(f"held-out greedy accuracy before training: {accuracy:.3f}")
     print(HEADER, flush=True)
     while step < cfg.steps:
         started = time.perf_counter()
@@ -884,50 +913,49 @@ def train(cfg):
         append(out / "metrics.jsonl", m)
         append(out / "samples.jsonl", dict(step=step, prompt=tokenizer.decode(shown.prompt),
                                            response=tokenizer.decode(shown.response), reward=shown.reward))
-        print(log_line(m) + "\n" * (step == 1) + FIRST * (step == 1 and "rho_p1" in m), flush=True)
+        print(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""), flush=True)
         if bad == 3:
-            raise UserError("no finite gradient in three steps in a row: the last checkpoint is kept; lower --lr")
+            raise UserError("no finite gradient three steps in a row; the last checkpoint is kept: lower --lr")
         if step % cfg.save_every == 0 or step == cfg.steps:
-            save(out / "checkpoint/state.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step,
-                 cursor=cursor, bad=bad)
+            save(out / "checkpoint/state.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
+                 step=step, cursor=cursor, bad=bad)
     save_dir(out / "model", model, tokenizer)
     print(f"done: {out}/model (Hugging Face format), {out}/metrics.jsonl, {out}/samples.jsonl")
 
 
-FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked): the loss starts at the mean
-       advantage, near 0, and ERC acts from the second update of each step on."""
+# ------------------------------------------------------------------------------------------ The tiny stand-in
 
-
-# ------------------------------------------------------------------------------------------------- The tiny stand-in
-
-def build_tiny(path, steps=400):
-    """The base model of the tiny preset: 0.5 M parameters of the Qwen2 architecture with bytes for tokens, warmed up on
-    two-digit sums of which most are wrong, as a calculator without carry would be. So it knows the form of an answer,
-    and the right one is among what it samples, but often not first."""
+def build_tiny(path, steps=500):
+    """The base model and problems of the tiny preset: 0.5 M parameters of the Qwen2 architecture, bytes for
+    tokens, warmed up on two-digit sums of which two in three are wrong, most by a forgotten or an invented
+    carry. So it knows what an answer looks like, and samples the right one among others, but often another
+    one first."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     print(f"building the tiny base model in {path}, once", flush=True)
     torch.manual_seed(0)
     rng, cfg = random.Random(0), Config(preset="tiny")
-    vocab = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()) + ["<|endoftext|>", "<|user|>", "<|assistant|>"])}
-    # Qwen2's tokenizer class, without merges: beside a qwen2 config transformers turns every other class into it.
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=["<|user|>", "<|assistant|>"])
+    roles = ["<|user|>", "<|assistant|>"]
+    vocab = {c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>", *roles])}
+    # Qwen2's tokenizer class, without merges: beside a qwen2 config transformers turns every other class into
+    # it.
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=roles)
     tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    model = Qwen2ForCausalLM(Qwen2Config(                                   # head dimension 32: vLLM knows none smaller
-        vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)).train()
+    model = Qwen2ForCausalLM(Qwen2Config(               # head dimension 32: vLLM knows none smaller
+        vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).train()
     pairs = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 90 * 90)
     test, train = pairs[:512], pairs[512:]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
-        for g in optimizer.param_groups:                                    # 50 steps up, the second half down
+        for g in optimizer.param_groups:                                   # 50 steps up, the second half down
             g["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (steps - step) / steps)
         samples = []
         for a, b in rng.choices(train, k=128):
             near = rng.choice([-2, -1, 1, 2])
-            slip = rng.choice([0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, near, near])
+            slip = rng.choice([0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, 10, near])
             answer = tokenizer(rf"\boxed{{{a + b + slip}}}").input_ids + [tokenizer.eos_token_id]
             samples.append(Sample(encode(tokenizer, f"{a}+{b}="), answer, [], False))
         logp_BT, _, mask_BT = forward(model, samples, cfg)
@@ -941,14 +969,15 @@ def build_tiny(path, steps=400):
             json.dumps({"problem": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in part))
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 2 something to put right (said in one line), 130 after Ctrl-C."""
+    """Run a command line -> exit status: 0 done, 2 something to put right (said in one line), 130 after
+    Ctrl-C."""
     def terminate(*_): raise SystemExit(143)
     try:
         signal.signal(signal.SIGTERM, terminate)
-        torch.set_float32_matmul_precision("high")      # TF32 inputs are enough for the head: on a GPU they were bf16
+        torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
         train(parse_args(argv))
         return 0
     except UserError as e:

