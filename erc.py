@@ -107,9 +107,9 @@ RANGES = dict(
     eps_low=(0, 1), eps_high=(0, INF), beta_low=(0, INF), beta_high=(0, INF), dual_clip=(0, INF),
     kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(1, INF),
     group_size=(2, INF), oversample=(1, 100), max_rounds=(1, 1000), max_prompt_tokens=(1, INF),
-    max_response_tokens=(1, INF), temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF), weight_decay=(0, 1),
-    grad_clip=(1e-9, INF), micro_tokens=(1, INF), gpu_memory=(0.05, 0.95), eval_every=(1, INF),
-    save_every=(1, INF), seed=(0, 2**32))
+    max_response_tokens=(1, INF), temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF),
+    weight_decay=(0, 1), grad_clip=(1e-9, INF), micro_tokens=(1, INF), gpu_memory=(0.05, 0.95),
+    eval_every=(1, INF), save_every=(1, INF), seed=(0, 2**32))
 PRESETS = {
     "paper": {},
     "official": dict(dual_clip=10.0, nll_coef=0.1, max_rounds=1),
@@ -689,8 +689,8 @@ def old_statistics(model, micros, cfg, bar):
     gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
-        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (limit {limit}): the sampler "
-                        "has stale weights, or samples another distribution (temperature, top-p, precision)")
+        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (limit {limit}): stale weights in "
+                        "the sampler, or another distribution (temperature, top-p, precision)")
     seconds = time.perf_counter() - started
     return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=seconds)
 
@@ -725,8 +725,8 @@ def update(model, optimizer, groups, cfg, bar):
                 sums[name] = sums.get(name, 0.0) + value * len(rhos[-1])
             drift = max((logp_BT - old_logp_BT).abs().max().item(), (rhos[-1] - 1).abs().max().item())
             if not norms and not drift < 1e-3:
-                raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new statistics "
-                                "do not come from the same weights through the same code")
+                raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
+                                "statistics do not come from the same weights through the same code")
             bar.update()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
@@ -771,8 +771,8 @@ def rehearse(model, optimizer, cfg):
         logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     except torch.OutOfMemoryError:
-        raise UserError(f"a micro-batch of {len(micro) * length} tokens does not fit this GPU: lower "
-                        f"--micro-tokens {cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
+        raise UserError(f"a micro-batch of {len(micro) * length} tokens does not fit this GPU: lower --micro-tokens "
+                        f"({cfg.micro_tokens}) or --max-response-tokens ({cfg.max_response_tokens})")
     optimizer.zero_grad()
     optimizer.state.clear()
 
@@ -785,8 +785,8 @@ def evaluate(cfg, sampler, verifier, tokenizer, prompts):
 
 
 HEADER = "  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds"
-FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss starts
-       at the mean advantage, near 0, and ERC acts from the second update of a step on."""
+FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss
+       starts at the mean advantage, near 0, and ERC acts from the second update of a step on."""
 
 
 def log_line(m):
@@ -854,7 +854,7 @@ def setup(cfg):
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
-        raise UserError(f"--max-prompt-tokens + --max-response-tokens: {longest}, but the model's context {context}")
+        raise UserError(f"--max-prompt-tokens + --max-response-tokens is {longest}, the model's context {context}")
     prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= limit]
                         for part in (problems, heldout))
     if not prompts:
@@ -865,10 +865,11 @@ def setup(cfg):
         sampler = HFSampler(model, eos, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay)
     print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {kind}\n"
-          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
-          f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × "
-          f"{cfg.group_size} samples a step, {cfg.prompts_per_step // cfg.minibatch_prompts} updates of "
-          f"{cfg.minibatch_prompts * cfg.group_size} responses\nmemory: {budget(model, cfg)}", flush=True)
+          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} tokens, "
+          f"{len(heldout)} held out\n"
+          f"{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × {cfg.group_size} samples a step, "
+          f"{cfg.prompts_per_step // cfg.minibatch_prompts} updates of {cfg.minibatch_prompts * cfg.group_size} "
+          f"responses\nmemory: {budget(model, cfg)}", flush=True)
     rehearse(model, optimizer, cfg)
     return model, tokenizer, optimizer, sampler, Verifier(), prompts, heldout
 
@@ -915,7 +916,7 @@ def train(cfg):
                                            response=tokenizer.decode(shown.response), reward=shown.reward))
         print(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""), flush=True)
         if bad == 3:
-            raise UserError("no finite gradient three steps in a row; the last checkpoint is kept: lower --lr")
+            raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
         if step % cfg.save_every == 0 or step == cfg.steps:
             save(out / "checkpoint/state.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
                  step=step, cursor=cursor, bad=bad)

@@ -303,14 +303,14 @@ class Bar:
 SGD = dict(algo="dapo", minibatch_prompts=2, prompts_per_step=4, group_size=4, grad_clip=1e9)
 
 
-def after_update(model, groups, cfg, lr=0.03):
+def after_update(model, groups, cfg, lr=0.01):
     """Parameters and metrics after the update of one rollout batch by plain gradient steps."""
     model = copy.deepcopy(model)
     metrics = erc.update(model, torch.optim.SGD(model.parameters(), lr=lr), groups, cfg, Bar())
     return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
 
 
-def brute_force(model, groups, cfg, lr=0.03):
+def brute_force(model, groups, cfg, lr=0.01):
     """Eq. 9 token by token from full logits in float64, one response at a time."""
     model = copy.deepcopy(model).double()
     def stats(s):
@@ -345,7 +345,7 @@ def test_an_update_equals_eq_9_token_by_token(loaded):
     expected, dropped, clipped = brute_force(model, groups, cfg)
     moved = (expected - torch.cat([p.detach().flatten() for p in model.parameters()]).double()).abs().max()
     assert dropped > 5 and clipped > 0 and moved > 1e-3                     # the case has something to clip
-    assert (got - expected).abs().max() < 1e-5 * max(1, moved)
+    assert (got - expected).abs().max() < 2e-6
     tokens = sum(len(s.response) for group in groups for s in group)
     assert (metrics["erc_low"] + metrics["erc_high"]) * tokens == pytest.approx(dropped)
     assert metrics["ppo_clip"] * tokens == pytest.approx(clipped)
@@ -358,9 +358,9 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_order(loaded, algo):
     whole, _ = after_update(model, groups, cfg)
     for budget in 1, 25, 60:                                                # one sample a micro-batch; a few; uneven
         cfg.micro_tokens = budget
-        assert (after_update(model, groups, cfg)[0] - whole).abs().max() < 1e-5
+        assert (after_update(model, groups, cfg)[0] - whole).abs().max() < 2e-6
     swapped = [group[::-1] for group in (groups[1], groups[0], groups[3], groups[2])]
-    assert (after_update(model, swapped, cfg)[0] - whole).abs().max() < 1e-5
+    assert (after_update(model, swapped, cfg)[0] - whole).abs().max() < 2e-6
 
 
 def test_eos_is_in_the_loss_and_prompt_and_padding_are_not(loaded):
