@@ -345,8 +345,8 @@ class HFSampler:
             draw = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
         config = GenerationConfig(**draw, repetition_penalty=1.0, num_beams=1, max_new_tokens=max_tokens,
                                   eos_token_id=self.eos, pad_token_id=self.pad)
-        def record(ids_BL, logits_BV):         # called before each token is drawn; the last column of ids was
-            if columns:                             # drawn from the logits of the call before
+        def record(ids_BL, logits_BV):              # called before each token is drawn: the last column of
+            if columns:                             # ids was drawn from the logits of the call before
                 columns[-1] = columns[-1].gather(1, ids_BL[:, -1:])
             columns.append((logits_BV.float() / (temperature or 1.0)).log_softmax(-1))
             return logits_BV
@@ -560,8 +560,7 @@ def autocast(device):
 
 
 def load_model(path, device):
-    """A Hugging Face causal LM -> (model, tokenizer, eos): fp32 masters, no dropout, every end-of-sequence
-    id."""
+    """A Hugging Face causal LM -> (model, tokenizer, ids that end a response): fp32 masters, no dropout."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
@@ -589,8 +588,7 @@ def load_model(path, device):
 
 
 def encode(tokenizer, prompt):
-    """The prompt as one user turn of the chat template -> token ids; the bare text where there is no
-    template."""
+    """The prompt as one user turn of the chat template -> token ids; without a template the bare text."""
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(t["content"] for t in turns) + "\n").input_ids
@@ -628,8 +626,7 @@ def forward(model, samples, cfg, entropy_grad=False):
 
 
 def overlong(length, cfg):
-    """DAPO's length penalty: 0 up to max - buffer tokens, then linear, to 1 at max. To be taken off the
-    reward."""
+    """DAPO's length penalty, taken off the reward: 0 up to max - buffer tokens, then linear, to 1 at max."""
     return max(0, length - cfg.max_response_tokens + cfg.overlong_buffer) / max(1, cfg.overlong_buffer)
 
 
@@ -639,20 +636,21 @@ def epoch_order(n, seed, epoch):
 
 
 def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
-    """Sample, verify, keep the groups whose rewards differ -> (groups, a sample to show, new cursor,
-    metrics).
+    """Sample, verify, keep groups whose rewards differ -> (groups, a sample to show, new cursor, metrics).
 
     Rounds go on until prompts_per_step groups are kept, max_rounds at most. All randomness is a function of
     seed, step and cursor, so a resumed run draws the same."""
-    groups, seen, n, G = [], [], len(prompts), cfg.group_size
+    # Equal rewards give no gradient. DAPO samples others instead; in GRPO's mean over responses they stay.
+    keep_all, groups, seen, n, G = cfg.algo == "grpo", [], [], len(prompts), cfg.group_size
+    count = math.ceil(cfg.prompts_per_step * (1 if keep_all else cfg.oversample))
     m, killed = dict(seconds_sample=0.0, seconds_verify=0.0), verifier.killed
-    for round in range(cfg.max_rounds):
+    for attempt in range(cfg.max_rounds):
         if len(groups) >= cfg.prompts_per_step:
             break
-        started, count = time.perf_counter(), math.ceil(cfg.oversample * cfg.prompts_per_step)
+        started = time.perf_counter()
         chosen = [prompts[epoch_order(n, cfg.seed, k // n)[k % n]] for k in range(cursor, cursor + count)]
         cursor += count
-        seed = random.Random(f"sample {cfg.seed} {step} {round}").getrandbits(32)
+        seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32)
         samples = sampler.generate([ids for ids, _ in chosen], G, cfg.max_response_tokens, cfg.temperature,
                                    seed=seed)
         sampled = time.perf_counter()
@@ -663,10 +661,8 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
         for s, r, a in zip(samples, rewards, group_advantages(shaped_PG).flatten().tolist()):
             s.reward, s.advantage = r, a
         seen += samples
-        # Equal rewards give no gradient: DAPO drops such groups; in GRPO's mean over responses they count as
-        # zeros.
         groups += [samples[p * G:p * G + G] for p, r_G in enumerate(shaped_PG)
-                   if cfg.algo == "grpo" or (r_G != r_G[0]).any()]
+                   if keep_all or (r_G != r_G[0]).any()]
         m["seconds_sample"] += sampled - started
         m["seconds_verify"] += time.perf_counter() - sampled
     def mean(values): return sum(values) / len(seen)
@@ -689,16 +685,15 @@ def old_statistics(model, micros, cfg, bar):
     gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
-        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (limit {limit}): stale weights in "
-                        "the sampler, or another distribution (temperature, top-p, precision)")
+        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (over {limit}): the sampler "
+                        "has stale weights, or samples another distribution (temperature, top-p)")
     seconds = time.perf_counter() - started
     return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=seconds)
 
 
 def update(model, optimizer, groups, cfg, bar):
-    """The optimizer steps of one rollout batch -> metrics. Old statistics of all mini-batches come first,
-    from the micro-batches that the updates use, so that r ≡ 1 and ρ ≡ 1 on the first one; UserError if they
-    are not."""
+    """The optimizer steps of one rollout batch -> metrics. All old statistics come first, from the
+    micro-batches that the updates use: on the first mini-batch r ≡ 1 and ρ ≡ 1, or else UserError."""
     size = cfg.minibatch_prompts
     minis = [sum(groups[i:i + size], []) for i in range(0, len(groups), size)]
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
@@ -706,8 +701,7 @@ def update(model, optimizer, groups, cfg, bar):
     old, m = old_statistics(model, sum(plan, []), cfg, bar)
     started, old, sums, rhos, norms = time.perf_counter(), iter(old), {}, [], []
     for mini, micros in zip(minis, plan):
-        # The denominators are the mini-batch's, so its gradient is the same however it is cut into
-        # micro-batches.
+        # The denominators are the mini-batch's: its gradient is the same however it is cut.
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
         right = sum(len(s.response) for s in mini if s.reward == 1.0)
         for micro in micros:
@@ -723,10 +717,11 @@ def update(model, optimizer, groups, cfg, bar):
             rhos.append(entropy_ratio(entropy_BT.detach(), old_entropy_BT)[mask_BT])
             for name, value in shown.items():
                 sums[name] = sums.get(name, 0.0) + value * len(rhos[-1])
-            drift = max((logp_BT - old_logp_BT).abs().max().item(), (rhos[-1] - 1).abs().max().item())
-            if not norms and not drift < 1e-3:
-                raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
-                                "statistics do not come from the same weights through the same code")
+            if not norms:
+                drift = max((logp_BT - old_logp_BT).abs().max().item(), (rhos[-1] - 1).abs().max().item())
+                if not drift < 1e-3:
+                    raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
+                                    "statistics do not come from the same weights through the same code")
             bar.update()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
@@ -759,20 +754,19 @@ def budget(model, cfg):
 def rehearse(model, optimizer, cfg):
     """Forward and backward of the largest micro-batch, Adam's state in place: what does not fit fails now,
     not in an hour; UserError says what to lower. Leaves weights and optimizer as they were."""
-    length = cfg.max_prompt_tokens + cfg.max_response_tokens
     sample = Sample([0] * cfg.max_prompt_tokens, [0] * cfg.max_response_tokens, [], True)
+    micro = [sample] * max(1, cfg.micro_tokens // (cfg.max_prompt_tokens + cfg.max_response_tokens))
     try:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         for g in optimizer.param_groups:
             g["lr"] = 0.0                                                # `train` sets it before every update
         optimizer.step()                                                # allocates the moments, moves nothing
-        micro = [sample] * max(1, cfg.micro_tokens // length)
         logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     except torch.OutOfMemoryError:
-        raise UserError(f"a micro-batch of {len(micro) * length} tokens does not fit this GPU: lower --micro-tokens "
-                        f"({cfg.micro_tokens}) or --max-response-tokens ({cfg.max_response_tokens})")
+        raise UserError(f"{len(micro)} sequences of full length do not fit this GPU: lower --micro-tokens "
+                        f"{cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
     optimizer.zero_grad()
     optimizer.state.clear()
 
@@ -803,19 +797,20 @@ def append(path, record):
         f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def save_dir(path, *parts):
-    """save_pretrained all parts into a new directory, which then takes the place of `path`."""
+def save_dir(path, *parts, **texts):
+    """Save all parts, and texts as NAME.jsonl, into a new directory that then takes the place of `path`."""
     new = path.with_name(path.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     for part in parts:
         part.save_pretrained(new)
+    for name, text in texts.items():
+        (new / f"{name}.jsonl").write_text(text)
     shutil.rmtree(path, ignore_errors=True)
     new.rename(path)
 
 
 def save(path, **state):
-    """One file, written beside the last one, flushed to the disk, renamed over it: whole, or still the last
-    one."""
+    """One file, written beside the last one, flushed to the disk, renamed over it: always a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".new"), "wb") as f:
         torch.save(state, f)
@@ -825,8 +820,7 @@ def save(path, **state):
 
 
 def restore(out, model, optimizer):
-    """The last checkpoint into model and optimizer -> (step, cursor, bad); what was logged after it is cut
-    off."""
+    """The last checkpoint into model and optimizer -> (step, cursor, bad); cuts off what was logged later."""
     state = torch.load(out / "checkpoint/state.pt", map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -854,7 +848,7 @@ def setup(cfg):
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
-        raise UserError(f"--max-prompt-tokens + --max-response-tokens is {longest}, the model's context {context}")
+        raise UserError(f"--max-prompt-tokens + --max-response-tokens {longest}: model's context is {context}")
     prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= limit]
                         for part in (problems, heldout))
     if not prompts:
@@ -863,13 +857,14 @@ def setup(cfg):
         sampler = VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory)
     else:
         sampler = HFSampler(model, eos, tokenizer.pad_token_id)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
+                                  fused=device.type == "cuda")              # unfused it copies the gradients
+    updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
     print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {kind}\n"
-          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} tokens, "
-          f"{len(heldout)} held out\n"
-          f"{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × {cfg.group_size} samples a step, "
-          f"{cfg.prompts_per_step // cfg.minibatch_prompts} updates of {cfg.minibatch_prompts * cfg.group_size} "
-          f"responses\nmemory: {budget(model, cfg)}", flush=True)
+          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
+          f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × "
+          f"{cfg.group_size} samples a step, {updates} updates of {size} responses\n"
+          f"memory: {budget(model, cfg)}", flush=True)
     rehearse(model, optimizer, cfg)
     return model, tokenizer, optimizer, sampler, Verifier(), prompts, heldout
 
@@ -927,10 +922,9 @@ def train(cfg):
 # ------------------------------------------------------------------------------------------ The tiny stand-in
 
 def build_tiny(path, steps=500):
-    """The base model and problems of the tiny preset: 0.5 M parameters of the Qwen2 architecture, bytes for
-    tokens, warmed up on two-digit sums of which two in three are wrong, most by a forgotten or an invented
-    carry. So it knows what an answer looks like, and samples the right one among others, but often another
-    one first."""
+    """The tiny preset's base model and problems: 0.5 M parameters, Qwen2's architecture, bytes for tokens,
+    warmed up on two-digit sums of which two in three are wrong, most by a forgotten or an invented carry. So
+    it knows what an answer looks like, and samples the right one among others, but often not first."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     print(f"building the tiny base model in {path}, once", flush=True)
@@ -938,8 +932,7 @@ def build_tiny(path, steps=500):
     rng, cfg = random.Random(0), Config(preset="tiny")
     roles = ["<|user|>", "<|assistant|>"]
     vocab = {c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>", *roles])}
-    # Qwen2's tokenizer class, without merges: beside a qwen2 config transformers turns every other class into
-    # it.
+    # Qwen2's own class, without merges: beside a qwen2 config transformers turns any other tokenizer into it.
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=roles)
     tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -948,13 +941,12 @@ def build_tiny(path, steps=500):
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).train()
     pairs = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 90 * 90)
-    test, train = pairs[:512], pairs[512:]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(steps):
         for g in optimizer.param_groups:                                   # 50 steps up, the second half down
             g["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (steps - step) / steps)
         samples = []
-        for a, b in rng.choices(train, k=128):
+        for a, b in rng.choices(pairs[512:], k=128):              # the first 512 are held out
             near = rng.choice([-2, -1, 1, 2])
             slip = rng.choice([0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, 10, near])
             answer = tokenizer(rf"\boxed{{{a + b + slip}}}").input_ids + [tokenizer.eos_token_id]
@@ -964,17 +956,14 @@ def build_tiny(path, steps=500):
         optimizer.step()
         optimizer.zero_grad()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_dir(path, model, tokenizer)
-    for name, part in ("train", train), ("test", test):
-        (path / f"{name}.jsonl").write_text("".join(
-            json.dumps({"problem": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in part))
+    lines = [json.dumps({"problem": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in pairs]
+    save_dir(path, model, tokenizer, test="".join(lines[:512]), train="".join(lines[512:]))
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 2 something to put right (said in one line), 130 after
-    Ctrl-C."""
+    """Run a command line -> exit status: 0 done, 2 something to put right (said in one line), 130 Ctrl-C."""
     def terminate(*_): raise SystemExit(143)
     try:
         signal.signal(signal.SIGTERM, terminate)
