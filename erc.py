@@ -685,7 +685,7 @@ def old_statistics(model, micros, cfg, bar):
     gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
-        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (over {limit}): the sampler "
+        raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (> {limit}): the sampler "
                         "has stale weights, or samples another distribution (temperature, top-p)")
     seconds = time.perf_counter() - started
     return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=seconds)
@@ -848,7 +848,7 @@ def setup(cfg):
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
-        raise UserError(f"--max-prompt-tokens + --max-response-tokens {longest}: model's context is {context}")
+        raise UserError(f"--max-prompt-tokens + --max-response-tokens {longest}: model's context {context}")
     prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= limit]
                         for part in (problems, heldout))
     if not prompts:
@@ -862,8 +862,8 @@ def setup(cfg):
     updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
     print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {kind}\n"
           f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
-          f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × "
-          f"{cfg.group_size} samples a step, {updates} updates of {size} responses\n"
+          f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
+          f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
           f"memory: {budget(model, cfg)}", flush=True)
     rehearse(model, optimizer, cfg)
     return model, tokenizer, optimizer, sampler, Verifier(), prompts, heldout
