@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import erc
+import toy_bandit
 from erc import Config, Sample, UserError
 
 ROOT = Path(erc.__file__).parent
@@ -823,6 +824,42 @@ def test_interrupt_keeps_the_checkpoint(tiny):
         process.communicate(timeout=60)
         assert process.returncode == status
         assert torch.load(out / "checkpoint/state.pt", weights_only=True)["step"] >= 1
+
+
+# ---------------------------------------------------------------------------------------------------- toy_bandit.py
+
+def without_erc(*args, erc_loss=erc.policy_loss):
+    *rest, cfg, norm = args if len(args) == 8 else (*args, None)
+    return erc_loss(*rest, SimpleNamespace(**vars(cfg) | {"erc": False}), norm)
+
+
+def inverted_erc(*args):
+    """Keeps what eq. 9 drops and drops what it keeps; a response of the toy is one token, so Â = 0 drops it."""
+    logp, H, old_logp, old_H, A, mask, cfg, norm = args if len(args) == 8 else (*args, None)
+    rho = erc.entropy_ratio(H.detach(), old_H)[:, 0]
+    inside = (rho > 1 - cfg.beta_low) & (rho < 1 + cfg.beta_high)
+    return without_erc(logp, H, old_logp, old_H, A.masked_fill(inside, 0.0) if cfg.erc else A, mask, cfg, norm)
+
+
+def toy(tmp_path, capsys, *args):
+    status = toy_bandit.main(["--batches", "2", "--seeds", "4", "--out", str(tmp_path / "figures/toy.png"), *args])
+    return status, capsys.readouterr().out
+
+
+def test_toy_bandit_claims_hold_and_the_seed_fixes_the_output(tmp_path, capsys):
+    status, text = toy(tmp_path, capsys)
+    assert status == 0 and "all claims hold" in text and "gradient: DAPO 0.965, ERC-DAPO 0.000" in text, text
+    assert (tmp_path / "figures/toy.png").stat().st_size > 50_000
+    assert toy(tmp_path, capsys) == (status, text)
+    other = toy(tmp_path, capsys, "--seed", "7")
+    assert other[0] == 0 and other[1] != text
+
+
+@pytest.mark.parametrize("broken", [without_erc, inverted_erc])
+def test_toy_bandit_claims_fail_with_a_broken_indicator(tmp_path, capsys, monkeypatch, broken):
+    monkeypatch.setattr(toy_bandit, "policy_loss", broken)
+    status, text = toy(tmp_path, capsys)
+    assert status == 1 and "CLAIM FAILED: the worked example" in text and text.count("CLAIM FAILED") >= 2
 
 
 # ----------------------------------------------------------------------------------------------- The file as a text
