@@ -563,8 +563,6 @@ def load_model(path, device):
     """A Hugging Face causal LM -> (model, tokenizer, ids that end a response): fp32 masters, no dropout."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-    hf_logging.disable_progress_bar()
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
@@ -841,6 +839,8 @@ def setup(cfg):
     kind = cfg.sampler if cfg.sampler != "auto" else "vllm" if find_spec("vllm") else "hf"
     if kind == "vllm" and not find_spec("vllm"):
         raise UserError("--sampler vllm: vllm is not installed; pip install vllm, or use --sampler hf")
+    from transformers.utils import logging as hf_logging
+    hf_logging.disable_progress_bar()
     if cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
         build_tiny(Path(cfg.model))
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []

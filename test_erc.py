@@ -150,6 +150,13 @@ def test_padding_may_hold_anything():
     assert all(map(math.isfinite, metrics.values()))
 
 
+def test_a_ratio_beyond_floating_point_leaves_the_gradient_finite():
+    logp, one = torch.tensor([[0.0, -1.0]]).requires_grad_(), torch.ones(1, 2)
+    loss, _ = erc.policy_loss(logp, one, torch.tensor([[-200.0, -1.0]]), one, torch.ones(1), one, Config())
+    loss.backward()
+    assert loss.item() == pytest.approx(-(1.28 + 1) / 2) and logp.grad.tolist() == [[0.0, -0.5]]
+
+
 def test_gspo_uses_the_sequence_ratio():
     """Token ratios 2 and 1/2 have geometric mean 1, inside the band, so each token gets A / |y|; 2 and 1 do not."""
     wide = dict(algo="gspo", eps_low=0.2, eps_high=0.2)
@@ -157,6 +164,8 @@ def test_gspo_uses_the_sequence_ratio():
     assert loss == pytest.approx(-3.0) and grad.tolist() == [[pytest.approx(-1.5)] * 2]
     loss, grad, _ = loss_of([[2.0, 1.0]], [3.0], [[1.0, 1.0]], cfg_of(**wide))
     assert loss == pytest.approx(-3.6) and grad.tolist() == [[0.0, 0.0]]
+    loss, grad, _ = loss_of([[1.21, 1.0]], [3.0], [[1.0, 1.0]], cfg_of(**wide))     # geometric mean 1.1
+    assert loss == pytest.approx(-3.3) and grad.tolist() == [[pytest.approx(-1.65)] * 2]
     _, grad, _ = loss_of([[2.0, 0.5]], [3.0], [[1.0, 2.0]], cfg_of(**wide))         # ERC drops the second token only
     assert grad.tolist() == [[pytest.approx(-1.5), 0.0]]
 
@@ -181,6 +190,7 @@ def test_the_kl_estimate_has_the_right_direction():
 def test_group_advantages():
     """Eq. 4 by hand: rewards 1,0,0,0 have mean 1/4 and unbiased variance (9 + 3) / 16 / 3 = 1/4."""
     A = erc.group_advantages(torch.tensor([[1.0, 0, 0, 0], [0.1] * 4, [-0.3] * 4]))
+    assert erc.group_advantages(torch.tensor([[0.7] * 8])).abs().max() < 1e-6    # whose fp32 mean is not 0.7
     assert A[0].tolist() == pytest.approx([0.75 / (0.5 + 1e-6)] + [-0.25 / (0.5 + 1e-6)] * 3)
     assert A[1:].abs().max() < 1e-6
 

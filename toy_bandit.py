@@ -280,7 +280,8 @@ def main(argv=None):
     runs = {name: one_batch(a, a.steps, **settings) for name, settings in METHODS.items()}
     print(f"\n2. {a.steps} small steps on one off-policy batch: {a.states} states, {a.arms} arms, "
           f"rank {a.rank}, {a.samples} samples a state, mean ± spread of {a.seeds} seeds\n"
-          f"   {'':9s}{'max|r-1|':>14s}{'r in band':>11s}{'unsampled TV':>17s}{'KL':>17s}{'|ρ-1|':>15s}{'PPO-clip':>10s}{'ERC':>7s}")
+          f"   {'':9s}{'max|r-1|':>14s}{'r in band':>11s}{'unsampled TV':>17s}{'KL':>17s}{'|ρ-1|':>15s}"
+          f"{'PPO-clip':>10s}{'ERC':>7s}")
     for name, run in runs.items():
         d = run[-1]
         print(f"   {name:9s}{pm(d['r']):>14s}{d['inside'].mean():11.1%}{pm(d['tv'], 4):>17s}"
