@@ -155,41 +155,37 @@ class Problem(NamedTuple):
     answer: str | list         # the reference; of a list any one counts
 
 
-FIELDS = ("problem", "answer"), ("question", "answer"), ("input", "target"), ("question", "final_answer")
+FIELDS = (("problem", "answer"), ("question", "answer"), ("input", "target"), ("question", "final_answer"),
+          ("prompt", "reward_model"))                           # the last: Klear's, messages and ground_truth
 
 
 def problem_from(record, where):
     """One record of any accepted format -> Problem; UserError says `where` and which field is wrong."""
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
-    if isinstance(record.get("prompt"), list):                              # the Klear format
-        turns, names = record["prompt"], ("prompt", "reward_model.ground_truth")
-        if not turns or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
-            raise UserError(f"{where}: field 'prompt' must be a list of messages with 'role' and 'content'")
-        prompt = turns if len(turns) > 1 else turns[0]["content"]
-        answer = (record.get("reward_model") or {}).get("ground_truth")
-    else:
-        names = next((pair for pair in FIELDS if record.keys() >= set(pair)), None)
-        if names is None:
-            half = [other for pair in FIELDS for one, other in (pair, pair[::-1]) if one in record]
-            raise UserError(f"{where}: missing field '{(half or ['problem'])[0]}'; accepted are "
-                            + ", ".join(map("/".join, FIELDS)))
-        prompt, answer = (record[name] for name in names)
-    if not prompt or not isinstance(prompt, (str, list)) or isinstance(prompt, str) and not prompt.strip():
-        raise UserError(f"{where}: field '{names[0]}' must be a non-empty string")
+    names = next((pair for pair in FIELDS if record.keys() >= set(pair)), None)
+    if names is None:
+        half = [other for pair in FIELDS for one, other in (pair, pair[::-1]) if one in record] or ["problem"]
+        raise UserError(f"{where}: missing field '{half[0]}'; accepted: {', '.join(map('/'.join, FIELDS))}")
+    prompt, answer = (record[name] for name in names)
+    if isinstance(answer, dict):
+        names, answer = ("prompt", "reward_model.ground_truth"), answer.get("ground_truth")
+    turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    texts = [t.get("content") for t in turns if isinstance(t, dict) and t.get("role")]
+    if not turns or not all(isinstance(x, str) and x.strip() for x in texts) or len(texts) < len(turns):
+        raise UserError(f"{where}: field '{names[0]}' must be a non-empty string, or a list of chat messages")
     answers = answer if isinstance(answer, list) else [answer]
     for a in answers or [None]:
         if isinstance(a, bool) or not isinstance(a, (str, int, float)) or a != a or not str(a).strip():
             raise UserError(f"{where}: field '{names[1]}' must be a number, a non-empty string or a list")
-    answers = [str(a).split("####")[-1].strip() for a in answers]     # GSM8K's solutions end in "#### answer"
-    return Problem(prompt, answers if len(answers) > 1 else answers[0])
+    answers = [str(a).split("####")[-1].strip() for a in answers]               # GSM8K: "… #### answer"
+    return Problem(turns if len(turns) > 1 else texts[0], answers if len(answers) > 1 else answers[0])
 
 
 def load_problems(source):
     """A .json / .jsonl file or a Hugging Face data set ID[:CONFIG[:SPLIT]] -> list[Problem].
 
-    Accepted records: those of FIELDS, and the Klear format (`prompt` messages, `reward_model.ground_truth`).
-    UserError: not found, not JSON in UTF-8, a missing or unusable field, no record at all."""
+    Accepted records: FIELDS. UserError: not found, not JSON in UTF-8, an unusable field, no record at all."""
     path, records = Path(source), []
     if path.exists() or path.suffix in (".json", ".jsonl"):
         if not path.is_file():
@@ -670,15 +666,14 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
         groups=len(groups), verifier_killed=verifier.killed - killed)
 
 
-def old_statistics(model, micros, cfg, bar):
+def old_statistics(model, micros, cfg):
     """π_old's log-probs and entropies, from the trainer itself -> ([forward's output], metrics).
 
     The sampler's log-probs of the same tokens serve as a check; UserError if they are far apart."""
-    started, old = time.perf_counter(), []
+    from tqdm import tqdm
+    started = time.perf_counter()
     with torch.no_grad():
-        for micro in micros:
-            old.append(forward(model, micro, cfg))
-            bar.update()
+        old = [forward(model, micro, cfg) for micro in tqdm(micros, "old policy", leave=False, disable=None)]
     theirs_N = torch.tensor([x for micro in micros for s in micro for x in s.logp])
     gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
@@ -689,16 +684,16 @@ def old_statistics(model, micros, cfg, bar):
     return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=seconds)
 
 
-def update(model, optimizer, groups, cfg, bar):
+def update(model, optimizer, groups, cfg):
     """The optimizer steps of one rollout batch -> metrics. All old statistics come first, from the
     micro-batches that the updates use: on the first mini-batch r ≡ 1 and ρ ≡ 1, or else UserError."""
+    from tqdm import tqdm
     size = cfg.minibatch_prompts
     minis = [sum(groups[i:i + size], []) for i in range(0, len(groups), size)]
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
-    bar.total = 2 * sum(map(len, plan))
-    old, m = old_statistics(model, sum(plan, []), cfg, bar)
+    old, m = old_statistics(model, sum(plan, []), cfg)
     started, old, sums, rhos, norms = time.perf_counter(), iter(old), {}, [], []
-    for mini, micros in zip(minis, plan):
+    for mini, micros in zip(tqdm(minis, "updates", leave=False, disable=None), plan):
         # The denominators are the mini-batch's: its gradient is the same however it is cut.
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
         right = sum(len(s.response) for s in mini if s.reward == 1.0)
@@ -720,7 +715,6 @@ def update(model, optimizer, groups, cfg, bar):
                 if not drift < 1e-3:
                     raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
                                     "statistics do not come from the same weights through the same code")
-            bar.update()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
             optimizer.step()
@@ -871,7 +865,6 @@ def setup(cfg):
 
 def train(cfg):
     """The whole run: cfg.steps times rollout -> update -> sync -> log -> save."""
-    from tqdm import tqdm
     model, tokenizer, optimizer, sampler, verifier, prompts, heldout = setup(cfg)
     out, step, cursor, bad = Path(cfg.out), 0, 0, 0
     out.mkdir(parents=True, exist_ok=True)
@@ -897,8 +890,7 @@ def train(cfg):
         if isinstance(sampler, VLLMSampler):
             sampler.sleep()
         if any(s.advantage for group in groups for s in group):             # no update on nothing
-            with tqdm(desc=f"step {step}", leave=False, disable=None) as bar:
-                m |= update(model, optimizer, groups, cfg, bar)
+            m |= update(model, optimizer, groups, cfg)
             bad = 0 if m["updates"] else bad + 1
         updated = time.perf_counter()
         sampler.load_weights(model)
@@ -963,8 +955,8 @@ def build_tiny(path, steps=500):
 # ------------------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
-    """Run a command line -> exit status: 0 done, 2 something to put right (said in one line), 130 Ctrl-C."""
-    def terminate(*_): raise SystemExit(143)
+    """Run a command line -> exit status: 0 done, 2 something to put right, 130 Ctrl-C, 143 SIGTERM."""
+    def terminate(*_): raise KeyboardInterrupt(143)
     try:
         signal.signal(signal.SIGTERM, terminate)
         torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
@@ -973,9 +965,9 @@ def main(argv=None):
     except UserError as e:
         print(f"erc: error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("erc: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return e.args[0] if e.args else 130
 
 
 if __name__ == "__main__":

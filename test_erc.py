@@ -307,17 +307,13 @@ def make_groups(model, groups=4, size=4, seed=0):
     return out
 
 
-class Bar:
-    def update(self): pass
-
-
 SGD = dict(algo="dapo", minibatch_prompts=2, prompts_per_step=4, group_size=4, grad_clip=1e9)
 
 
 def after_update(model, groups, cfg, lr=0.01):
     """Parameters and metrics after the update of one rollout batch by plain gradient steps."""
     model = copy.deepcopy(model)
-    metrics = erc.update(model, torch.optim.SGD(model.parameters(), lr=lr), groups, cfg, Bar())
+    metrics = erc.update(model, torch.optim.SGD(model.parameters(), lr=lr), groups, cfg)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
 
 
@@ -406,7 +402,7 @@ def test_old_statistics_of_other_weights_are_caught(loaded, monkeypatch):
         return out
     monkeypatch.setattr(erc, "old_statistics", other_weights)
     with pytest.raises(UserError, match="before the first update"):
-        erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, Config(**SGD), Bar())
+        erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, Config(**SGD))
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(loaded):
@@ -414,7 +410,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(loaded):
     groups[0][0].advantage = float("nan")
     before = copy.deepcopy(model.state_dict())
     cfg = Config(**SGD | dict(minibatch_prompts=4))
-    metrics = erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, cfg, Bar())
+    metrics = erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, cfg)
     assert metrics["updates_skipped"] == 1 and metrics["updates"] == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -517,7 +513,7 @@ def check_missing_sync_is_caught(sampler, stale, model, tokenizer):
     cfg = Config(preset="tiny")
     def gap(step):
         samples = sampler.generate(prompts, 8, 12, seed=step)
-        return erc.old_statistics(model, [samples], cfg, Bar())[1]["sampler_gap"]
+        return erc.old_statistics(model, [samples], cfg)[1]["sampler_gap"]
     assert gap(0) < 1e-4
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     logp_BT, _, _ = erc.forward(model, sampler.generate(prompts, 8, 12), cfg)
@@ -669,6 +665,7 @@ KLEAR = {"data_source": "x", "prompt": [{"content": "Find x.", "role": "user"}],
 @pytest.mark.parametrize("record,problem", [
     ({"problem": "p", "answer": "a", "solution": "s"}, ("p", "a")), ({"question": "q", "answer": 27.0}, ("q", "27.0")),
     ({"input": "i", "target": 3}, ("i", "3")), ({"question": "q", "final_answer": ["1", "2"]}, ("q", ["1", "2"])), (KLEAR, ("Find x.", "540")),
+    (KLEAR | {"prompt": KLEAR["prompt"] * 2}, (KLEAR["prompt"] * 2, "540")),
     ({"question": "q", "answer": "6 * 7 = 42\n#### 42"}, ("q", "42")), ({"problem": "é\u2028", "answer": ["x"]}, ("é\u2028", "x"))])
 def test_loaders_accept(tmp_path, record, problem):
     lines = [json.dumps(record, ensure_ascii=False)] * 2
@@ -687,7 +684,9 @@ GOOD = json.dumps({"problem": "p", "answer": "1"})
     ('{"problem": "p", "answer": null}', "field 'answer'"), ('{"problem": "p", "answer": []}', "field 'answer'"),
     ('{"problem": "p", "answer": NaN}', "field 'answer'"), ('{"problem": "p", "answer": true}', "field 'answer'"),
     ('{"prompt": [], "reward_model": {"ground_truth": "1"}}', "field 'prompt'"), ("7", "expected a JSON object"), ("", "holds no problems"),
-    ('{"prompt": [{"role": "user", "content": "c"}]}', "field 'reward_model.ground_truth'"),
+    ('{"prompt": [{"role": "user", "content": "c"}]}', "missing field 'reward_model'"),
+    ('{"prompt": [{"role": "user", "content": "c"}], "reward_model": {}}', "field 'reward_model.ground_truth'"),
+    ('{"prompt": [{"role": "user", "content": 3}], "reward_model": {"ground_truth": "1"}}', "field 'prompt'"),
     ("[]", "holds no problems"), (GOOD.encode() + b'\n{"problem": "\xff", "answer": "1"}', "line 2: not valid JSON in UTF-8"),
     ("[" * 100_000, "not valid JSON")])
 def test_loaders_refuse(tmp_path, text, message):
@@ -831,8 +830,8 @@ def test_interrupt_keeps_the_checkpoint(tiny):
             if line.startswith("     2 "):
                 process.send_signal(sign)
                 break
-        process.communicate(timeout=60)
-        assert process.returncode == status
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == status and "interrupted; --resume goes on" in said
         assert torch.load(out / "checkpoint/state.pt", weights_only=True)["step"] >= 1
 
 
