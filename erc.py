@@ -567,6 +567,8 @@ def load_model(path, device):
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"model {path}: cannot be loaded ({first_line(e)}); check the path, or the network")
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError(f"model {path}: its weights hold NaN or infinity; get another copy")
     listed = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if not eos:
@@ -680,7 +682,7 @@ def old_statistics(model, micros, cfg):
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
         raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (> {limit}): the sampler "
-                        "has stale weights, or samples another distribution (temperature, top-p)")
+                        "has stale weights, or another distribution (temperature, top-p, soft-capped logits)")
     seconds = time.perf_counter() - started
     return old, dict(sampler_gap=mean, sampler_gap_max=gap_N.max().item(), seconds_old=seconds)
 
@@ -836,6 +838,7 @@ def setup(cfg):
         raise UserError("--sampler vllm: vllm is not installed; pip install vllm, or use --sampler hf")
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # our own line says what could not be had
     if cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
         build_tiny(Path(cfg.model))
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
@@ -963,7 +966,7 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
         train(parse_args(argv))
         return 0
-    except UserError as e:
+    except (UserError, OSError) as e:                   # OSError: a full disk, no permission; it names the file
         print(f"erc: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:

@@ -472,6 +472,38 @@ def test_micro_batches_fit_the_budget_and_lose_nothing():
             assert len(micro) == 1 or len(micro) * max(len(s.prompt) + len(s.response) for s in micro) <= budget
 
 
+def test_models_that_cannot_be_trained_are_refused(loaded, tmp_path):
+    """NaN weights at loading; logits scaled after the head, which token_stats does not see, by the comparison."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+    model, tokenizer, eos = loaded
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        erc.load_model(tmp_path / "nan", torch.device("cpu"))
+    granite = GraniteForCausalLM(GraniteConfig(vocab_size=259, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                               num_attention_heads=2, num_key_value_heads=1, logits_scaling=3.0, eos_token_id=256))
+    samples = erc.HFSampler(granite, eos, 256).generate([[60, 61]], 4, 8)
+    with pytest.raises(UserError, match="soft-capped"):
+        erc.old_statistics(granite, [samples], Config(preset="tiny"))
+
+
+def test_models_without_chat_template_or_tied_or_of_another_family_train(tiny, loaded):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tokenizer = loaded[1]
+    tokenizer.chat_template = None
+    path = tiny.cwd / "llama"
+    LlamaForCausalLM(LlamaConfig(vocab_size=259, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                 max_position_embeddings=128, tie_word_embeddings=True, attention_dropout=0.3, bos_token_id=None,
+                                 eos_token_id=256)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    done = run("--model", path, "--data", tiny.base / "train.jsonl", "--sampler", "hf", "--steps", 1, "--prompts-per-step", 8,
+               "--minibatch-prompts", 4, "--max-prompt-tokens", 32, "--max-response-tokens", 12, "--overlong-buffer", 12, "--micro-tokens",
+               999, "--oversample", 1, "--lr", 1e-4, "--out", "runs/llama", cwd=tiny.cwd)
+    assert done.returncode == 0 and "r = ρ = 1" in done.stdout, done.stderr
+
+
 # -------------------------------------------------------------------------------------------------------- Samplers
 
 PROMPTS = ["12+34=", "7", "99+99=", "5+5+5+5+5="]
@@ -892,5 +924,6 @@ def test_what_the_readme_names_exists():
     table = readme.split("| equation |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) <= defined
     flags = {"--" + f.name.replace("_", "-") for f in erc.fields(Config)} | {"--no-erc", "--help"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) - {"--with"} <= flags
+    flags |= {"--" + name.replace("_", "-") for name in vars(toy_bandit.parse_args([]))}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
     assert all((ROOT / f).exists() for f in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme))
