@@ -42,18 +42,18 @@ EPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gppo": (0.2, 0.2), "gspo": (3e-
 
 @dataclass
 class Config:  # the comments are the text of --help
-    preset: str = "paper"        # paper | official (plus what only the authors' code does) | tiny (a CPU)
+    preset: str = "paper"              # paper | official (with the authors' extras) | tiny (minutes on a CPU)
     model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # causal LM: Hugging Face id or directory (§4.1)
     data: str = "Kwai-Klear/KlearReasoner-MathSub-30K"  # file, or data set ID[:CONFIG[:SPLIT]] (§4.1)
-    eval_data: str = ""              # held-out problems: greedy accuracy every eval_every steps
+    eval_data: str = ""                # held-out problems: greedy accuracy every eval_every steps
     # the objective
-    algo: str = "dapo"              # grpo (eq. 5) | dapo (eq. 6) | gppo (eq. 7) | gspo (§5.7)
+    algo: str = "dapo"                 # grpo (eq. 5) | dapo (eq. 6) | gppo (eq. 7) | gspo (§5.7)
     erc: bool = True                   # drop tokens whose entropy ratio left the band (eq. 9)
     eps_low: float = None              # PPO-clip at r = 1 - ε_low; default 0.2, gspo 3e-4
     eps_high: float = None             # PPO-clip at r = 1 + ε_high; default 0.2, dapo 0.28, gspo 4e-4
     beta_low: float = 0.05             # ERC keeps ρ > 1 - β_low (§4.1)
     beta_high: float = 0.05            # ERC keeps ρ < 1 + β_high (§4.1)
-    dual_clip: float = 0.0          # A < 0: objective floored at this many A; 0 off, authors' code 10
+    dual_clip: float = 0.0             # A < 0: objective floored at this many A; 0 off, authors' code 10
     kl_coef: float = 0.0               # PPO-penalty, coefficient of KL(π_old‖π_θ) (eq. 2): an ablation (§5.5)
     entropy_coef: float = 0.0          # entropy bonus: an ablation (§5.6)
     nll_coef: float = 0.0              # NLL of the samples with reward 1; 0 off, authors' code 0.1
@@ -61,11 +61,11 @@ class Config:  # the comments are the text of --help
     prompts_per_step: int = 128        # groups in a rollout batch (§4.1)
     group_size: int = 8                # samples a prompt, G (§4.1)
     minibatch_prompts: int = 16        # groups an optimizer step: 128 / 16 = 8 updates a rollout batch (§4.1)
-    oversample: float = 2.0      # batches of prompts sampled a round; equal rewards go (authors' code)
-    max_rounds: int = 3          # rounds at most, until the batch is full (DAPO; authors' code 1)
+    oversample: float = 2.0            # batches of prompts sampled a round; equal rewards go (authors' code)
+    max_rounds: int = 3                # rounds at most, until the batch is full (DAPO; authors' code 1)
     max_prompt_tokens: int = 4096      # longer prompts are left out (authors' code)
     max_response_tokens: int = 16384   # longer responses are cut off (§4.1)
-    overlong_buffer: int = 0      # DAPO's length penalty over the last so many tokens; 0 off (authors)
+    overlong_buffer: int = 0           # DAPO's length penalty over the last so many tokens; 0 off (authors)
     temperature: float = 1.0           # of sampling and of all statistics; top-p 1, top-k off (authors' code)
     # optimisation
     steps: int = 1000                  # rollout batches (ours; the authors train 10 epochs)
@@ -735,6 +735,7 @@ def budget(model, cfg):
     """One line: an estimate of where a training step's memory goes, in GiB, from the model's shapes."""
     c, cuda, n = model.config.get_text_config(), model.device.type == "cuda", model.num_parameters()
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
+    # bytes a token within a layer: four tensors as wide as its MLP, about twenty as wide as the hidden state
     layer = (2 if cuda else 4) * (4 * getattr(c, "intermediate_size", 4 * c.hidden_size) + 20 * c.hidden_size)
     kept = layer * c.num_hidden_layers
     if cuda:                                     # gradient checkpointing: each layer's input, and one layer
@@ -838,7 +839,7 @@ def setup(cfg):
         raise UserError("--sampler vllm: vllm is not installed; pip install vllm, or use --sampler hf")
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # our own line says what could not be had
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # our own line says what failed
     if cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
         build_tiny(Path(cfg.model))
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
@@ -966,7 +967,7 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
         train(parse_args(argv))
         return 0
-    except (UserError, OSError) as e:                   # OSError: a full disk, no permission; it names the file
+    except (UserError, OSError) as e:               # OSError: a full disk, no permission; it names the file
         print(f"erc: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
