@@ -274,7 +274,7 @@ class Verifier:
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", "math_verify"])
         self.limits, self.killed = (seconds, megabytes), 0
-        self.idle = [self.start() for _ in range(workers or os.cpu_count())]
+        self.idle = [self.start() for _ in range(workers or min(32, os.cpu_count()))]
 
     def start(self):
         ours, theirs = self.context.Pipe()
