@@ -3,6 +3,8 @@
     python erc.py                                   the paper's run: a 1.5B reasoning model on one 80 GB GPU
     python erc.py --preset tiny                     the same code on a 0.5 M-parameter model, minutes on a CPU
     python erc.py --model DIR --data FILE --no-erc  your model, your problems, plain DAPO
+    python erc.py eval --model DIR                  avg@k on the paper's six benchmarks, or on your problems
+    python erc.py plot RUN RUN                      the paper's figures from the records of runs, and a table
     python erc.py --help                            every setting with its reason and source
 
 PPO-clip watches one number a token: how the probability of the *sampled* token moved. The rest of the
@@ -19,8 +21,10 @@ tokens, N response tokens laid flat, C a chunk of N, D hidden size, V vocabulary
 import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long spinning starves shared cores
 
-import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, sys, time
+import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, statistics, sys, time
 import multiprocessing as mp
+import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib.util import find_spec
@@ -85,18 +89,11 @@ class Config:  # the comments are the text of --help
 
     def __post_init__(self):
         """Fill what depends on other settings, then check all; UserError names the setting and its range."""
-        for name, allowed in {"preset": PRESETS, "algo": EPS, "sampler": ("auto", "vllm", "hf")}.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
+        check(self, RANGES | {"minibatch_prompts": (1, self.prompts_per_step),
+                              "overlong_buffer": (0, self.max_response_tokens)})
         self.eps_low = EPS[self.algo][0] if self.eps_low is None else self.eps_low
         self.eps_high = EPS[self.algo][1] if self.eps_high is None else self.eps_high
         self.out = self.out or f"runs/{self.preset}-{'erc-' if self.erc else ''}{self.algo}-{self.seed}"
-        ranges = RANGES | {"minibatch_prompts": (1, self.prompts_per_step),
-                           "overlong_buffer": (0, self.max_response_tokens)}
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not low <= value <= high or math.isinf(value):               # NaN fails, too
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
         if self.prompts_per_step % self.minibatch_prompts:
             raise UserError(f"--minibatch-prompts {self.minibatch_prompts}: must divide "
                             f"--prompts-per-step {self.prompts_per_step}")
@@ -120,20 +117,43 @@ PRESETS = {
 }
 
 
+def check(cfg, ranges):
+    """UserError names the first setting out of its range; the sampler `auto` becomes what is installed."""
+    for name, allowed in {"preset": PRESETS, "algo": EPS, "sampler": ("auto", "vllm", "hf")}.items():
+        if getattr(cfg, name, None) not in (None, *allowed):
+            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+    for name, (low, high) in ranges.items():
+        value = getattr(cfg, name)
+        if value is not None and (not low <= value <= high or math.isinf(value)):           # NaN fails, too
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be between {low} and {high}")
+    if cfg.sampler == "vllm" and not find_spec("vllm"):
+        raise UserError("--sampler vllm: vllm is not installed; pip install vllm, or use --sampler hf")
+    if cfg.sampler == "auto":
+        cfg.sampler = "vllm" if find_spec("vllm") else "hf"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists all settings)")
+
+
+def flags(kind, argv, prog="python erc.py"):
+    """The flags of dataclass `kind` given on the command line -> dict. Its comments are the help."""
+    ap = Parser(prog, description=__doc__, allow_abbrev=False,
+                formatter_class=argparse.RawDescriptionHelpFormatter)
+    reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(kind), re.M))
+    for f in fields(kind):
+        how = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
+               else dict(type=f.type, metavar=f.type.__name__.upper()))
+        ap.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **how,
+                        help=f"{reasons[f.name].replace('%', '%%')} [{f.default}]")
+    return vars(ap.parse_args(argv))
+
+
 def parse_args(argv):
     """Command line -> Config: the preset's settings, overridden by explicit flags. Under --resume the base is
     the run's own config.json, which a flag may repeat but not change; UserError names what differs."""
-    ap = argparse.ArgumentParser(prog="erc.py", description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    def fail(message): raise UserError(f"{message} (python erc.py --help lists all settings)")
-    ap.error = fail
-    reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in fields(Config):
-        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool
-                else dict(type=f.type, metavar=f.type.__name__.upper()))
-        ap.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-                        help=f"{reasons[f.name].replace('%', '%%')} [{f.default}]")
-    given = vars(ap.parse_args(argv))
+    given = flags(Config, argv)
     cfg = Config(**PRESETS.get(given.get("preset", "paper"), {}) | given)
     if not cfg.resume:
         return cfg
@@ -141,8 +161,8 @@ def parse_args(argv):
     if not path.is_file():
         raise UserError(f"--resume: {path} not found; name the run's directory with --out")
     saved, free = json.loads(path.read_text()), {"steps", "eval_every", "save_every", "out", "resume"}
-    differ = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in given.items() - saved.items()
-              if k not in free]
+    differ = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in given.items()
+              if k not in free and getattr(cfg, k) != saved[k]]
     if differ:
         raise UserError(f"--resume: {path} was started with other settings: {', '.join(sorted(differ))}")
     return Config(**saved | given)
@@ -505,14 +525,18 @@ def group_advantages(rewards_PG):
     return ((r_PG - r_PG.mean(1, keepdim=True)) / (r_PG.std(1, keepdim=True) + 1e-6)).float()
 
 
-def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT, cfg, norm=None):
+TOKENS = "old_logp", "logp", "old_entropy", "entropy", "rho", "advantage", "ppo_clip", "erc_low", "erc_high"
+
+
+def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT, cfg, norm=None,
+                tokens=None):
     """The objective of every method here, negated -> (loss, metrics): a scalar to minimise, a dict of floats.
 
     mask_BT marks response tokens. `norm` divides the sum: the whole mini-batch's number of response tokens
     (dapo, gppo) or of responses (grpo, gspo); by default this call's own. cfg: algo, erc, eps_*, beta_*,
     dual_clip, kl_coef, entropy_coef. metrics, over this call's tokens: the shares where the PPO clip binds
     (ppo_clip) and where ρ is below (erc_low) or above (erc_high) the band, dropped or not; mean entropy;
-    KL(π_old‖π_θ). Nats."""
+    KL(π_old‖π_θ). Nats. To a list `tokens` it appends what decided on each token, (len(TOKENS), N)."""
     mask_BT, A_B1 = mask_BT.bool(), advantages_B[:, None]
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                                     # |y_i|
     # Padding may hold anything; e^±20 bounds r, so that no 0 · ∞ gets into the gradient.
@@ -540,6 +564,9 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     with torch.no_grad():
         shown = dict(ppo_clip=ppo_BT, erc_low=low_BT, erc_high=high_BT, entropy=entropy_BT, kl=kl_BT)
         means = torch.stack([x_BT[mask_BT].float().mean() for x_BT in shown.values()]).tolist()
+        if tokens is not None:
+            every = (old_logp_BT, logp_BT, old_entropy_BT, entropy_BT, rho_BT, A_B1, ppo_BT, low_BT, high_BT)
+            tokens.append(torch.stack([x_BT.expand_as(mask_BT)[mask_BT].float() for x_BT in every]))
     return loss, dict(zip(shown, means))
 
 
@@ -560,6 +587,9 @@ def load_model(path, device):
     """A Hugging Face causal LM -> (model, tokenizer, ids that end a response): fp32 masters, no dropout."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+    hf_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # our own line says what failed
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
@@ -688,14 +718,17 @@ def old_statistics(model, micros, cfg):
 
 
 def update(model, optimizer, groups, cfg):
-    """The optimizer steps of one rollout batch -> metrics. All old statistics come first, from the
-    micro-batches that the updates use: on the first mini-batch r ≡ 1 and ρ ≡ 1, or else UserError."""
+    """The optimizer steps of one rollout batch -> (metrics, tokens_KN, rows as in TOKENS: a million at most).
+
+    All old statistics come first, from the micro-batches that the updates use: on the first mini-batch
+    r ≡ 1 and ρ ≡ 1, or else UserError."""
     from tqdm import tqdm
     size = cfg.minibatch_prompts
     minis = [sum(groups[i:i + size], []) for i in range(0, len(groups), size)]
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
     old, m = old_statistics(model, sum(plan, []), cfg)
-    started, old, sums, rhos, norms = time.perf_counter(), iter(old), {}, [], []
+    started, old, sums, tokens, norms = time.perf_counter(), iter(old), {}, [], []
+    total = sum(len(s.response) for mini in minis for s in mini)
     for mini, micros in zip(tqdm(minis, "updates", leave=False, disable=None), plan):
         # The denominators are the mini-batch's: its gradient is the same however it is cut.
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
@@ -705,30 +738,31 @@ def update(model, optimizer, groups, cfg):
             logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
             advantages_B = torch.tensor([s.advantage for s in micro], device=model.device)
             loss, shown = policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT,
-                                      cfg, norm)
+                                      cfg, norm, tokens)
             if cfg.nll_coef and right:                                 # authors' code: imitate what was right
                 right_B1 = torch.tensor([[s.reward == 1.0] for s in micro], device=model.device)
                 loss = loss - cfg.nll_coef * logp_BT[mask_BT & right_B1].sum() / right
             loss.backward()
-            rhos.append(entropy_ratio(entropy_BT.detach(), old_entropy_BT)[mask_BT])
+            old_logp_N, logp_N, _, _, rho_N, *_ = tokens[-1]
             for name, value in shown.items():
-                sums[name] = sums.get(name, 0.0) + value * len(rhos[-1])
+                sums[name] = sums.get(name, 0.0) + value * len(rho_N) / total
             if not norms:
-                drift = max((logp_BT - old_logp_BT).abs().max().item(), (rhos[-1] - 1).abs().max().item())
+                drift = max((logp_N - old_logp_N).abs().max().item(), (rho_N - 1).abs().max().item())
                 if not drift < 1e-3:
                     raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
                                     "statistics do not come from the same weights through the same code")
+            tokens[-1] = tokens[-1][:, ::1 + total // 2**20]
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
             optimizer.step()
         optimizer.zero_grad()
-    rho_N, finite = torch.cat(rhos), [x for x in norms if math.isfinite(x)]
-    m |= {name: total / len(rho_N) for name, total in sums.items()}
-    rho_N = rho_N[::1 + len(rho_N) // 2**20].sort().values             # quantiles of a million tokens at most
+    finite, tokens_KN = [x for x in norms if math.isfinite(x)], torch.cat(tokens, 1).cpu()
+    rho_N = tokens_KN[TOKENS.index("rho")].sort().values
     m |= {f"rho_p{q}": rho_N[len(rho_N) * q // 100].item() for q in (1, 50, 99)}
-    return m | dict(grad_norm=sum(finite) / max(1, len(finite)), grad_norm_max=max(finite, default=0.0),
-                    updates=len(finite), updates_skipped=len(norms) - len(finite),
-                    seconds_update=time.perf_counter() - started)
+    return m | sums | dict(
+        rho_drift=(rho_N - 1).abs().median().item(), grad_norm=sum(finite) / max(1, len(finite)),
+        grad_norms=finite, updates=len(finite), updates_skipped=len(norms) - len(finite),
+        seconds_update=time.perf_counter() - started), tokens_KN
 
 
 def budget(model, cfg):
@@ -767,13 +801,6 @@ def rehearse(model, optimizer, cfg):
     optimizer.state.clear()
 
 
-def evaluate(cfg, sampler, verifier, tokenizer, prompts):
-    """The share of held-out problems whose greedy response is right."""
-    samples = sampler.generate([ids for ids, _ in prompts], 1, cfg.max_response_tokens, temperature=0)
-    texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
-    return sum(verifier.score(texts, [answer for _, answer in prompts])) / len(prompts)
-
-
 HEADER = "  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds"
 FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss
        starts at the mean advantage, near 0, and ERC acts from the second update of a step on."""
@@ -805,14 +832,26 @@ def save_dir(path, *parts, **texts):
     new.rename(path)
 
 
-def save(path, **state):
-    """One file, written beside the last one, flushed to the disk, renamed over it: always a whole one."""
+@contextmanager
+def whole_file(path):
+    """A file to write beside `path`, flushed to the disk, renamed over it at the end: never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".new"), "wb") as f:
-        torch.save(state, f)
+        yield f
         f.flush()
         os.fsync(f.fileno())
     os.replace(path.with_suffix(".new"), path)
+
+
+def save(out, model, optimizer, tokens_KN, **state):
+    """The checkpoint, and at most 16,384 tokens of the last step's updates for the figures."""
+    import numpy as np
+    with whole_file(out / "checkpoint/state.pt") as f:
+        torch.save(dict(state, model=model.state_dict(), optimizer=optimizer.state_dict()), f)
+    if tokens_KN is not None:
+        some_KN = tokens_KN[:, ::1 + tokens_KN.shape[1] // 2**14].numpy()
+        with whole_file(out / "tokens.npz") as f:
+            np.savez_compressed(f, **dict(zip(TOKENS, some_KN)))
 
 
 def restore(out, model, optimizer):
@@ -826,40 +865,42 @@ def restore(out, model, optimizer):
     return state["step"], state["cursor"], state["bad"]
 
 
+def device_for(cfg):
+    if cfg.model == Config.model and not torch.cuda.is_available():
+        raise UserError("no CUDA device: this run needs one 80 GB GPU; on a CPU, python erc.py --preset tiny")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_sampler(cfg, model, tokenizer, eos, longest):
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > context:
+        raise UserError(f"prompt and response: {longest} tokens, but the context of {cfg.model} is {context}; "
+                        "lower --max-response-tokens")
+    if cfg.sampler == "vllm":
+        return VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory)
+    return HFSampler(model, eos, tokenizer.pad_token_id)
+
+
 def setup(cfg):
     """Check and load all that a run needs, cheapest first, and print the derived quantities."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and cfg.model == Config.model:
-        raise UserError("no CUDA device: this run needs one 80 GB GPU; on a CPU, python erc.py --preset tiny")
+    device = device_for(cfg)
     if Path(cfg.out, "checkpoint/state.pt").is_file() != cfg.resume:
         raise UserError(f"--resume: {cfg.out} has no checkpoint; start it without --resume" if cfg.resume else
                         f"{cfg.out} holds a run: go on with --resume, or name another directory with --out")
-    kind = cfg.sampler if cfg.sampler != "auto" else "vllm" if find_spec("vllm") else "hf"
-    if kind == "vllm" and not find_spec("vllm"):
-        raise UserError("--sampler vllm: vllm is not installed; pip install vllm, or use --sampler hf")
-    from transformers.utils import logging as hf_logging
-    hf_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # our own line says what failed
     if cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
         build_tiny(Path(cfg.model))
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
     model, tokenizer, eos = load_model(cfg.model, device)
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
-    if longest > context:
-        raise UserError(f"--max-prompt-tokens + --max-response-tokens {longest}: model's context {context}")
     prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= limit]
                         for part in (problems, heldout))
     if not prompts:
         raise UserError(f"{cfg.data}: every prompt is longer than --max-prompt-tokens {limit}")
-    if kind == "vllm":                                  # before Adam's state: it wants its share free
-        sampler = VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory)
-    else:
-        sampler = HFSampler(model, eos, tokenizer.pad_token_id)
+    sampler = make_sampler(cfg, model, tokenizer, eos, longest)     # before Adam: vLLM wants its share free
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
                                   fused=device.type == "cuda")              # unfused it copies the gradients
     updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
-    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {kind}\n"
+    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {cfg.sampler}\n"
           f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
           f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
           f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
@@ -871,7 +912,7 @@ def setup(cfg):
 def train(cfg):
     """The whole run: cfg.steps times rollout -> update -> sync -> log -> save."""
     model, tokenizer, optimizer, sampler, verifier, prompts, heldout = setup(cfg)
-    out, step, cursor, bad = Path(cfg.out), 0, 0, 0
+    out, step, cursor, bad, tokens_KN = Path(cfg.out), 0, 0, 0, None
     out.mkdir(parents=True, exist_ok=True)
     if cfg.resume:
         step, cursor, bad = restore(out, model, optimizer)
@@ -881,9 +922,9 @@ def train(cfg):
     (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     sampler.load_weights(model)
     if heldout and step == 0:
-        accuracy = evaluate(cfg, sampler, verifier, tokenizer, heldout)
-        append(out / "metrics.jsonl", dict(step=0, accuracy=accuracy))
-        print(f"held-out greedy accuracy before training: {accuracy:.3f}")
+        rows = evaluate(sampler, verifier, tokenizer, heldout, 1, cfg.max_response_tokens)
+        append(out / "metrics.jsonl", dict(step=0, accuracy=summary(rows)["accuracy"]))
+        print(f"held-out greedy accuracy before training: {summary(rows)['accuracy']:.3f}")
     print(HEADER, flush=True)
     while step < cfg.steps:
         started = time.perf_counter()
@@ -895,13 +936,15 @@ def train(cfg):
         if isinstance(sampler, VLLMSampler):
             sampler.sleep()
         if any(s.advantage for group in groups for s in group):             # no update on nothing
-            m |= update(model, optimizer, groups, cfg)
+            seen, tokens_KN = update(model, optimizer, groups, cfg)
+            m |= seen
             bad = 0 if m["updates"] else bad + 1
         updated = time.perf_counter()
         sampler.load_weights(model)
         m["seconds_sync"] = time.perf_counter() - updated
         if heldout and (step % cfg.eval_every == 0 or step == cfg.steps):
-            m["accuracy"] = evaluate(cfg, sampler, verifier, tokenizer, heldout)
+            rows = evaluate(sampler, verifier, tokenizer, heldout, 1, cfg.max_response_tokens)
+            m["accuracy"] = summary(rows)["accuracy"]
         m["seconds"] = time.perf_counter() - started
         append(out / "metrics.jsonl", m)
         append(out / "samples.jsonl", dict(step=step, prompt=tokenizer.decode(shown.prompt),
@@ -910,10 +953,213 @@ def train(cfg):
         if bad == 3:
             raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
         if step % cfg.save_every == 0 or step == cfg.steps:
-            save(out / "checkpoint/state.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 step=step, cursor=cursor, bad=bad)
+            save(out, model, optimizer, tokens_KN, step=step, cursor=cursor, bad=bad)
     save_dir(out / "model", model, tokenizer)
-    print(f"done: {out}/model (Hugging Face format), {out}/metrics.jsonl, {out}/samples.jsonl")
+    plot([out], out)
+    print(f"done: {out}/model (Hugging Face format), metrics.jsonl, samples.jsonl, curves.png, tokens.png")
+
+
+# ------------------------------------------------------------------------------------------------- Evaluation
+
+BENCHMARKS = {  # data set, responses a problem, tokens a response (§4.1)
+    "aime24": ("HuggingFaceH4/aime_2024::train", 32, 32768),
+    "aime25": ("math-ai/aime25::test", 32, 32768),
+    "hmmt25": ("MathArena/hmmt_feb_2025::train", 32, 16384),
+    "math500": ("HuggingFaceH4/MATH-500::test", 4, 16384),
+    "amc23": ("math-ai/amc23::test", 32, 16384),
+    "olympiadbench": ("Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", 4, 16384),
+}
+
+
+@dataclass
+class EvalConfig:  # the comments are the text of eval --help
+    model: str = Config.model          # causal LM: Hugging Face id or directory
+    benchmarks: str = ",".join(BENCHMARKS)  # of these six, and files or data sets of yours, as for --data
+    k: int = 0                         # responses a problem; 0: 4 of math500, olympiadbench, others 32 (§4.1)
+    max_response_tokens: int = 0       # 0: 32,768 for AIME, 16,384 for others (§4.1)
+    temperature: float = 0.6           # (authors' code); 0 is greedy
+    top_p: float = 0.95                # (authors' code)
+    sampler: str = "auto"              # vllm | hf | auto: vllm where it is installed
+    gpu_memory: float = 0.85           # vLLM's share of the GPU
+    seed: int = 1                      # of sampling
+    out: str = ""                      # every score, as JSON; default runs/eval-MODEL.json; goes on from it
+
+    def __post_init__(self):
+        self.out = self.out or f"runs/eval-{self.model.strip('/').replace('/', '-')}.json"
+        check(self, dict(k=(0, INF), max_response_tokens=(0, INF), temperature=(0, 100), top_p=(0.01, 1),
+                         gpu_memory=(0.05, 0.95), seed=(0, 2**32)))
+
+
+def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0.0, top_p=1.0, seed=0):
+    """k responses to each (ids, answer) -> a list a problem of its responses' (score, length, cut off)."""
+    samples = sampler.generate([ids for ids, _ in prompts], k, max_tokens, temperature, top_p, seed)
+    texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
+    scores = verifier.score(texts, [answer for _, answer in prompts for _ in range(k)])
+    rows = [(score, len(s.response), s.truncated) for score, s in zip(scores, samples)]
+    return [rows[i:i + k] for i in range(0, len(rows), k)]
+
+
+def summary(problems):
+    """avg@k: the mean over problems of the share of right responses, and that mean's standard error."""
+    means = [sum(score for score, *_ in rows) / len(rows) for rows in problems]
+    _, lengths, cut = zip(*sum(problems, []))
+    return dict(problems=len(means), k=len(problems[0]), accuracy=statistics.fmean(means),
+                standard_error=statistics.stdev(means) / len(means)**0.5 if len(means) > 1 else None,
+                length=statistics.fmean(lengths), truncated=statistics.fmean(cut))
+
+
+def evaluation(cfg):
+    """The paper's protocol (§4.1): a table, and in cfg.out every score, from which a cut-off run goes on."""
+    from tqdm import tqdm
+    device, out, plan, means = device_for(cfg), Path(cfg.out), {}, []
+    try:
+        done = json.loads(out.read_text()) if out.exists() else {}
+        old = {name: entry["settings"] for name, entry in done.items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{out}: not a file of eval's; name another with --out")
+    sources = {name: BENCHMARKS.get(name, (name, 32, 16384)) for name in cfg.benchmarks.split(",")}
+    problems = {name: load_problems(source) for name, (source, _, _) in sources.items()}
+    model, tokenizer, eos = load_model(cfg.model, torch.device("cpu") if cfg.sampler == "vllm" else device)
+    weights, longest = sum(p.double().norm().item() for p in model.parameters()), 0
+    for name, (source, k, tokens) in sources.items():
+        prompts = [(encode(tokenizer, p.prompt), p.answer) for p in problems[name]]
+        how = dict(k=cfg.k or k, max_tokens=cfg.max_response_tokens or tokens, temperature=cfg.temperature,
+                   top_p=cfg.top_p)
+        settings = how | dict(seed=cfg.seed, sampler=cfg.sampler, source=source, weights=weights,
+                              prompts=zlib.crc32(repr(prompts).encode()))
+        differ = [key for key in settings if name in old and old[name].get(key) != settings[key]]
+        if differ:
+            raise UserError(f"{out}: {name} was begun with other {', '.join(differ)}; name another --out")
+        plan[name] = prompts, how, done.setdefault(name, dict(settings=settings, responses=[]))
+        longest = max(longest, how["max_tokens"] + max(len(ids) for ids, _ in prompts))
+    sampler, verifier = make_sampler(cfg, model, tokenizer, eos, longest), Verifier()
+    sampler.load_weights(model)
+    print("benchmark                     problems   k   avg@k ± s.e.   length  cut off")
+    for name, (prompts, how, entry) in plan.items():
+        rows = entry["responses"]
+        for i in tqdm(range(len(rows), len(prompts), 16), name, leave=False, disable=None):
+            seed = random.Random(f"eval {cfg.seed} {i}").getrandbits(32)
+            rows += evaluate(sampler, verifier, tokenizer, prompts[i:i + 16], **how, seed=seed)
+            entry |= summary(rows)
+            with whole_file(out) as f:
+                f.write(json.dumps(done).encode())
+        means.append(entry["accuracy"])
+        se = "–" if entry["standard_error"] is None else f"{entry['standard_error']:.1%}"
+        print(f"{name:30.30}{entry['problems']:8}{entry['k']:4}{entry['accuracy']:8.1%} "
+              f"{se:>7}{entry['length']:9.1f}{entry['truncated']:9.1%}", flush=True)
+    print(f"{'mean':42}{statistics.fmean(means):8.1%}\nevery score: {out}")
+
+
+# ---------------------------------------------------------------------------------------------------- Figures
+
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"  # Okabe and Ito's
+
+
+def load_runs(paths):
+    """Directories of runs -> {label: [(config, metrics, directory)]}. A label is the method with what differs
+    among the configs and is no default; runs that differ in nothing but their seed share one."""
+    runs, labels, default = [], {}, {f.name: f.default for f in fields(Config)}
+    for path in map(Path, paths):
+        try:
+            cfg = json.loads((path / "config.json").read_text())
+            lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: holds no run ({first_line(e)})")
+        own = {k: None for k, eps in zip(("eps_low", "eps_high"), EPS[cfg["algo"]]) if cfg[k] == eps}
+        runs.append((default | cfg | own, lines, path))
+    differ = {k for k in default if len({cfg[k] for cfg, *_ in runs}) > 1}
+    differ -= {"algo", "erc", "out", "resume", "preset", "eval_every", "save_every"}    # named, or no matter
+    for cfg, lines, path in runs:
+        shown = [f"{k} {cfg[k]}" for k in default
+                 if k in (differ - {"seed"} or differ) and cfg[k] != default[k]]
+        label = " ".join(["ERC-" * cfg["erc"] + cfg["algo"].upper(), *shown])
+        labels.setdefault(label, []).append((cfg, lines, path))
+    return labels
+
+
+def table(labels):
+    """Markdown: mean ± standard deviation over a label's runs; reward and entropy: last tenth of steps."""
+    print("| run | n | reward | entropy | median \\|ρ-1\\| | PPO-clip | below | above | \\|grad\\| p50 | p99 "
+          "| max | greedy |\n|" + "---|" * 12)
+    for label, runs in labels.items():
+        rows = []
+        for _, lines, _ in runs:
+            greedy = [m["accuracy"] for m in lines if "accuracy" in m] or [math.nan]
+            lines = [m for m in lines if m.get("updates")]
+            late, norms = lines[-max(1, len(lines) // 10):], sorted(x for m in lines for x in m["grad_norms"])
+            def mean(key, lines=lines): return sum(m[key] for m in lines) / max(1, len(lines))
+            rows.append([mean("reward", late), mean("entropy", late), *map(mean, (
+                "rho_drift", "ppo_clip", "erc_low", "erc_high")),
+                *(norms[(len(norms) - 1) * q // 100] for q in (50, 99, 100) if norms), greedy[-1]])
+        cells = [f"{statistics.fmean(x):.3f}" + (f" ± {statistics.stdev(x):.3f}" if len(x) > 1 else "")
+                 for x in zip(*rows)]
+        print("|", " | ".join([label, str(len(runs)), *cells]), "|")
+
+
+def curves(labels, path):
+    """Fig. 2: one line a run, in its label's colour."""
+    from matplotlib.figure import Figure
+    fig = Figure((12, 7.5), layout="constrained")
+    axes = fig.subplots(2, 2).flat
+    panels = dict(entropy="policy entropy (nats)", grad_norm="gradient norm (mean of a step's updates)",
+                  reward="reward (share right of all sampled)", accuracy="held-out greedy accuracy")
+    for ax, (key, title) in zip(axes, panels.items()):
+        for i, (label, runs) in enumerate(labels.items()):
+            for j, (_, lines, _) in enumerate(runs):
+                xy = [(m["step"], m[key]) for m in lines if key in m]
+                ax.plot([x for x, _ in xy], [y for _, y in xy], color=COLOURS[i % 7], alpha=0.8,
+                        linestyle=("-", "--", ":")[i // 7 % 3], label="_" * (j > 0) + label)
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.savefig(path, dpi=110)
+
+
+def categories(tokens, cfg):
+    """Records as in tokens.npz -> {name: mask_N}, which part them: what policy_loss did with a token."""
+    ppo_N, low_N, high_N = (tokens[name] > 0 for name in ("ppo_clip", "erc_low", "erc_high"))
+    ppo, erc = "past the PPO bound" if cfg["algo"] == "gppo" else "PPO-clipped", "ERC" if cfg["erc"] else "ρ"
+    return {"kept": ~(ppo_N | low_N | high_N), ppo: ppo_N, f"{erc} below the band": low_N & ~ppo_N,
+            f"{erc} above the band": high_N & ~ppo_N}
+
+
+def token_panels(labels, path):
+    """Figs. 1a, 1c, 3, 4 from tokens.npz, all updates of one step: a row a label, of its first run."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    shown = [(label, cfg, dict(np.load(run / "tokens.npz"))) for label, [(cfg, _, run), *_] in labels.items()
+             if (run / "tokens.npz").exists()]
+    fig = Figure((19, 4.5 * max(1, len(shown))), layout="constrained")
+    for (label, cfg, t), axes in zip(shown, fig.subplots(max(1, len(shown)), 4, squeeze=False)):
+        p_old_N, p_N, r_N = np.exp(t["old_logp"]), np.exp(t["logp"]), np.exp(t["logp"] - t["old_logp"])
+        dots, tail = dict(s=6, alpha=0.5, linewidths=0), (0.001, 0.999)
+        axes[0].scatter(p_old_N, t["rho"], color=COLOURS[0], **dots)
+        axes[0].axhspan(1 - cfg["beta_low"], 1 + cfg["beta_high"], color=COLOURS[2], alpha=0.3, label="band")
+        axes[0].set(xlabel="π_old(y)", ylabel="ρ", yscale="log", ylim=np.quantile(t["rho"], tail),
+                    title=f"{label}\nFig. 1a: entropy ratio against probability")
+        q_r = np.quantile(r_N, (0.01, 0.5, 0.99))
+        axes[1].hist(r_N, np.linspace(*np.quantile(r_N, tail), 80), color=COLOURS[0], log=True)
+        axes[1].vlines(q_r, 0, len(r_N), color=COLOURS[1], linestyle="--")
+        axes[1].set(xlabel="r", ylabel="tokens",
+                    title="Fig. 1c: ratio, p1 {:.3f}, p50 {:.3f}, p99 {:.3f}".format(*q_r))
+        for i, (name, mask_N) in zip((5, 6, 4, 1), categories(t, cfg).items()):
+            dots |= dict(color=COLOURS[i], label=f"{name}: {mask_N.mean():.1%}")
+            axes[2].scatter(p_old_N[mask_N], p_N[mask_N], **dots)
+            axes[3].scatter(p_N[mask_N], t["entropy"][mask_N], **dots)
+        axes[2].set(xlabel="π_old(y)", ylabel="π_θ(y)", title="Fig. 3: new against old probability")
+        axes[3].set(xlabel="π_θ(y)", ylabel="entropy (nats)", title="Fig. 4: entropy against probability")
+        for ax in axes[[0, 2, 3]]:
+            ax.legend(markerscale=3, fontsize=8)
+    fig.savefig(path, dpi=100)
+
+
+def plot(runs, out):
+    """Draw the paper's figures from the records of runs, and print a table of their means."""
+    labels, out = load_runs(runs), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    curves(labels, out / "curves.png")
+    token_panels(labels, out / "tokens.png")
+    table(labels)
 
 
 # ------------------------------------------------------------------------------------------ The tiny stand-in
@@ -965,7 +1211,16 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGTERM, terminate)
         torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
-        train(parse_args(argv))
+        argv = sys.argv[1:] if argv is None else argv
+        if argv[:1] == ["eval"]:
+            evaluation(EvalConfig(**flags(EvalConfig, argv[1:], "python erc.py eval")))
+        elif argv[:1] == ["plot"]:
+            ap = Parser("python erc.py plot", description=plot.__doc__)
+            ap.add_argument("runs", nargs="+", metavar="RUN", help="directories that training left")
+            ap.add_argument("--out", metavar="DIR", default=".", help="where the pictures go [.]")
+            plot(**vars(ap.parse_args(argv[1:])))
+        else:
+            train(parse_args(argv))
         return 0
     except (UserError, OSError) as e:               # OSError: a full disk, no permission; it names the file
         print(f"erc: error: {e}", file=sys.stderr)

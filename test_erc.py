@@ -313,7 +313,7 @@ SGD = dict(algo="dapo", minibatch_prompts=2, prompts_per_step=4, group_size=4, g
 def after_update(model, groups, cfg, lr=0.01):
     """Parameters and metrics after the update of one rollout batch by plain gradient steps."""
     model = copy.deepcopy(model)
-    metrics = erc.update(model, torch.optim.SGD(model.parameters(), lr=lr), groups, cfg)
+    metrics, _ = erc.update(model, torch.optim.SGD(model.parameters(), lr=lr), groups, cfg)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), metrics
 
 
@@ -410,7 +410,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update(loaded):
     groups[0][0].advantage = float("nan")
     before = copy.deepcopy(model.state_dict())
     cfg = Config(**SGD | dict(minibatch_prompts=4))
-    metrics = erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, cfg)
+    metrics, _ = erc.update(model, torch.optim.SGD(model.parameters(), 0.1), groups, cfg)
     assert metrics["updates_skipped"] == 1 and metrics["updates"] == 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -760,6 +760,11 @@ def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
     (["--model", "none", "--data", "none.jsonl"], "none.jsonl: no such data file"),
     (["--model", "no/such-model", "--data", "good.jsonl"], "model no/such-model: cannot be loaded"),
     (["--model", "empty", "--data", "good.jsonl"], "model empty: cannot be loaded"),
+    (["eval"], "80 GB GPU"), (["eval", "--k", -1], "--k -1: must be between 0"), (["eval", "--lr", 1], "--lr"),
+    (["eval", "--model", "empty", "--benchmarks", "good.jsonl,none.jsonl"], "none.jsonl: no such data file"),
+    (["eval", "--model", "empty", "--benchmarks", "good.jsonl"], "model empty: cannot be loaded"),
+    (["eval", "--model", "empty", "--out", "good.jsonl"], "good.jsonl: not a file of eval's"),
+    (["plot", "empty"], "empty: holds no run"), (["plot"], "RUN"),
 ])
 def test_wrong_input_gets_one_line_and_exit_2(tmp_path, args, message, monkeypatch):
     if torch.cuda.is_available() and "80 GB" in message:
@@ -782,7 +787,7 @@ def test_prompts_over_the_limit(tiny):
     done = run(*base[:-1], "runs/limit2", "--data", none, cwd=tiny.cwd)
     assert done.returncode == 2 and "every prompt is longer than --max-prompt-tokens 32" in done.stderr
     done = run(*base[:-1], "runs/limit3", "--max-response-tokens", 600, cwd=tiny.cwd)
-    assert done.returncode == 2 and "model's context 512" in done.stderr
+    assert done.returncode == 2 and "632 tokens, but the context of runs/tiny-base is 512" in done.stderr
 
 
 def test_eps_follow_the_algorithm():
@@ -793,10 +798,11 @@ def test_eps_follow_the_algorithm():
 
 
 def test_every_setting_is_explained_in_help(capsys):
-    with pytest.raises(SystemExit):
-        erc.parse_args(["--help"])
-    shown = capsys.readouterr().out
-    assert all("--" + f.name.replace("_", "-") in shown for f in erc.fields(Config))
+    for command, kind in ([], Config), (["eval"], erc.EvalConfig):
+        with pytest.raises(SystemExit):
+            erc.main([*command, "--help"])
+        shown = capsys.readouterr().out
+        assert all("--" + f.name.replace("_", "-") in shown for f in erc.fields(kind))
 
 
 # ------------------------------------------------------------------------------------------------------- End to end
@@ -881,6 +887,119 @@ def test_interrupt_keeps_the_checkpoint(tiny):
         assert torch.load(out / "checkpoint/state.pt", weights_only=True)["step"] >= 1
 
 
+# ------------------------------------------------------------------------------------------- Evaluation and figures
+
+def test_avg_at_k_and_its_standard_error():
+    """Three problems right in 2/2, 1/2, 0/2: avg@2 = 1/2, and their means' variance is 1/4, so s.e. = sqrt(1/4 / 3)."""
+    problems = [[(1.0, 10, False), (1.0, 20, False)], [(0.0, 30, True), (1.0, 40, False)], [(0.0, 50, True), (0.0, 60, False)]]
+    assert erc.summary(problems) == dict(problems=3, k=2, accuracy=0.5, standard_error=pytest.approx(math.sqrt(1 / 12)), length=35.0,
+                                         truncated=pytest.approx(2 / 6))
+    assert erc.summary(problems[:1])["standard_error"] is None              # of one problem there is none
+
+
+def test_the_benchmarks_are_the_papers():
+    """§4.1: avg@4 on MATH500 and OlympiadBench, avg@32 on others; 32k tokens on AIME, 16k on others."""
+    protocol = {name: (k, tokens // 1024) for name, (_, k, tokens) in erc.BENCHMARKS.items()}
+    assert protocol == dict(aime24=(32, 32), aime25=(32, 32), hmmt25=(32, 16), math500=(4, 16), amc23=(32, 16), olympiadbench=(4, 16))
+    assert (erc.EvalConfig().temperature, erc.EvalConfig().top_p) == (0.6, 0.95)
+
+
+def evaluated(tiny, out, *flags):
+    done = run("eval", "--model", tiny.out / "model", "--max-response-tokens", 16, "--out", out, *flags, cwd=tiny.cwd)
+    return done, json.loads((tiny.cwd / out).read_text())
+
+
+def test_eval_goes_on_after_a_cut_and_refuses_other_settings(tiny):
+    lines = (tiny.base / "test.jsonl").read_text().splitlines()[:40]
+    write(tiny.cwd / "forty.jsonl", "\n".join(lines))
+    flags = "--benchmarks", "forty.jsonl", "--k", 3, "--sampler", "hf", "--temperature", 1
+    done, whole = evaluated(tiny, "eval.json", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = whole["forty.jsonl"]["responses"]
+    means = [sum(score for score, *_ in row) / 3 for row in rows]
+    assert len(rows) == 40 and {len(row) for row in rows} == {3} and 0 < sum(means) < 40
+    assert any(len(set(score for score, *_ in row)) == 2 for row in rows)   # the three samples are three
+    assert re.search(rf"forty.jsonl +40 +3 +{sum(means) / 40:.1%} ", done.stdout), done.stdout
+    cut = {"forty.jsonl": {"settings": whole["forty.jsonl"]["settings"], "responses": rows[:16]}}
+    cut["forty.jsonl"]["responses"][0] = [[0.5, 1, False]] * 3              # marks what is kept, not sampled again
+    write(tiny.cwd / "cut.json", json.dumps(cut))
+    done, again = evaluated(tiny, "cut.json", *flags)
+    assert done.returncode == 0 and again["forty.jsonl"]["responses"] == [[[0.5, 1, False]] * 3] + rows[1:]
+    done, _ = evaluated(tiny, "cut.json", *flags[:-1], 0.5)
+    assert done.returncode == 2 and "other temperature" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_greedy_eval_is_the_figure_in_the_training_log(tiny):
+    _, got = evaluated(tiny, "greedy.json", "--benchmarks", "runs/tiny-base/test.jsonl", "--k", 1, "--temperature", 0, "--sampler", "hf")
+    assert got["runs/tiny-base/test.jsonl"]["accuracy"] == records(tiny.out)[-1]["accuracy"]
+
+
+@needs_vllm
+def test_eval_with_vllm_agrees_with_transformers(tiny):
+    data = write(tiny.cwd / "some64.jsonl", "\n".join((tiny.base / "test.jsonl").read_text().splitlines()[:64]))
+    hf, vllm = (evaluated(tiny, f"{s}.json", "--benchmarks", data, "--k", 1, "--temperature", 0, "--sampler", s)[1] for s in ("hf", "vllm"))
+    assert vllm[data]["responses"] == hf[data]["responses"] and 0 < vllm[data]["accuracy"] < 1
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("algo", ["grpo", "dapo", "gppo"])
+def test_the_figures_categories_are_what_policy_loss_does(algo, on):
+    """A token has no gradient where, and only where, a category says that it was dropped; the categories part the tokens."""
+    torch.manual_seed(0)
+    cfg, tokens = Config(algo=algo, erc=on), []
+    old_logp, old_H, mask = -torch.rand(8, 50) - 1, torch.rand(8, 50) + 0.5, torch.rand(8, 50) < 0.8
+    logp = (old_logp + 0.3 * torch.randn(8, 50)).requires_grad_()
+    A, H = torch.randn(8), old_H * (1 + 0.05 * torch.randn(8, 50))
+    loss, _ = erc.policy_loss(logp, H, old_logp, old_H, A, mask, cfg, tokens=tokens)
+    loss.backward()
+    found = erc.categories(dict(zip(erc.TOKENS, tokens[0])), vars(cfg))
+    ppo, low, high = list(found)[1:]
+    dropped = found[low] | found[high] if on else torch.zeros_like(found[low])
+    below, above = (H / old_H)[mask] < 0.95, (H / old_H)[mask] > 1.05
+    if algo != "gppo":
+        dropped = dropped | found[ppo]
+    elif on:                                                                # there the PPO bound drops nothing, but ERC does
+        dropped = dropped | (found[ppo] & (below | above))
+    assert torch.equal(dropped, logp.grad[mask] == 0) and torch.equal(sum(m.int() for m in found.values()), torch.ones(int(mask.sum())).int())
+    assert found[ppo].any() and torch.equal(found[low], below & ~found[ppo]) and torch.equal(found[high], above & ~found[ppo])
+    assert ("ERC below the band" in found, "past the PPO bound" in found) == (on, algo == "gppo")
+
+
+def test_tokens_npz_holds_the_tokens_of_the_last_step(tiny):
+    import numpy as np
+    t, last = np.load(tiny.out / "tokens.npz"), records(tiny.out)[-1]
+    assert set(t) == set(erc.TOKENS) and all(t[name].shape == t["rho"].shape for name in t)
+    assert last["tokens"] * 0.5 < len(t["rho"]) <= last["tokens"]           # groups of equal rewards are not trained on
+    for name in "ppo_clip", "erc_low", "erc_high", "entropy":
+        assert t[name].mean() == pytest.approx(last[name], rel=1e-4)
+    assert np.allclose(t["rho"], t["entropy"] / t["old_entropy"], rtol=1e-5)
+    assert np.allclose(t["erc_high"], t["rho"] >= 1.05) and 0 < last["erc_high"]
+    assert np.quantile(t["rho"], 0.99) == pytest.approx(last["rho_p99"], rel=0.01)
+
+
+def test_plot_draws_runs_and_prints_their_means(tiny, tmp_path):
+    for name in "curves.png", "tokens.png":                                 # training's own, at its end
+        assert (tiny.out / name).stat().st_size > 30_000
+    metrics, runs = records(tiny.out), []
+    config = json.loads((tiny.out / "config.json").read_text())
+    for i, change in enumerate([dict(seed=1), dict(seed=2), dict(kl_coef=0.1), dict(algo="gppo", eps_high=0.2, erc=False)]):
+        runs.append(tmp_path / f"run{i}")
+        runs[-1].mkdir()
+        write(runs[-1] / "config.json", json.dumps(config | change | dict(out=str(runs[-1]))))
+        write(runs[-1] / "metrics.jsonl", "".join(json.dumps(m | dict(reward=m.get("reward", 0) + i)) + "\n" for m in metrics))
+    labels = erc.load_runs(runs)
+    assert {k: len(v) for k, v in labels.items()} == {"ERC-DAPO": 2, "ERC-DAPO kl_coef 0.1": 1, "GPPO": 1}
+    assert set(erc.load_runs(runs[:2])) == {"ERC-DAPO seed 1", "ERC-DAPO seed 2"}  # where nothing else differs
+    done = run("plot", *runs, tiny.out, "--out", tmp_path / "pictures", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pictures/curves.png").stat().st_size > 30_000 and (tmp_path / "pictures/tokens.png").stat().st_size > 30_000
+    reward, norms = metrics[-1]["reward"], sorted(x for m in metrics[1:] for x in m["grad_norms"])
+    row = [c.strip() for c in next(x for x in done.stdout.splitlines() if x.startswith("| GPPO")).split("|")[2:-1]]
+    assert row[:2] == ["1", f"{reward + 3:.3f}"] and row[-2:] == [f"{norms[-1]:.3f}", f"{metrics[-1]['accuracy']:.3f}"]
+    rows = next(x for x in done.stdout.splitlines() if x.startswith("| ERC-DAPO |"))
+    assert f"| 3 | {reward + 1 / 3:.3f} ± {3**-0.5:.3f} |" in rows         # runs at 0, 1 and 0: mean 1/3, s.d. 1/sqrt(3)
+
+
 # ---------------------------------------------------------------------------------------------------- toy_bandit.py
 
 def without_erc(*args, erc_loss=erc.policy_loss):
@@ -937,7 +1056,7 @@ def test_what_the_readme_names_exists():
     assert {n for n in named if n.startswith("test_")} <= defined
     table = readme.split("| equation |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) <= defined
-    flags = {"--" + f.name.replace("_", "-") for f in erc.fields(Config)} | {"--no-erc", "--help"}
+    flags = {"--" + f.name.replace("_", "-") for kind in (Config, erc.EvalConfig) for f in erc.fields(kind)} | {"--no-erc", "--help"}
     flags |= {"--" + name.replace("_", "-") for name in vars(toy_bandit.parse_args([]))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
     assert all((ROOT / f).exists() for f in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme))
