@@ -874,7 +874,7 @@ def device_for(cfg):
 def make_sampler(cfg, model, tokenizer, eos, longest):
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
-        raise UserError(f"prompt and response: {longest} tokens, but the context of {cfg.model} is {context}; "
+        raise UserError(f"prompt + response: {longest} tokens, but the context of {cfg.model} is {context}; "
                         "lower --max-response-tokens")
     if cfg.sampler == "vllm":
         return VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory)
@@ -1071,7 +1071,7 @@ def load_runs(paths):
     differ -= {"algo", "erc", "out", "resume", "preset", "eval_every", "save_every"}    # named, or no matter
     for cfg, lines, path in runs:
         shown = [f"{k} {cfg[k]}" for k in default
-                 if k in (differ - {"seed"} or differ) and cfg[k] != default[k]]
+                 if k in (differ - {"seed"} or differ) and (cfg[k] != default[k] or k == "seed")]
         label = " ".join(["ERC-" * cfg["erc"] + cfg["algo"].upper(), *shown])
         labels.setdefault(label, []).append((cfg, lines, path))
     return labels
@@ -1124,13 +1124,15 @@ def categories(tokens, cfg):
 
 
 def token_panels(labels, path):
-    """Figs. 1a, 1c, 3, 4 from tokens.npz, all updates of one step: a row a label, of its first run."""
+    """Figs. 1a, 1c, 3, 4 from tokens.npz, all updates of one step: a row for a label, its first run."""
     import numpy as np
     from matplotlib.figure import Figure
-    shown = [(label, cfg, dict(np.load(run / "tokens.npz"))) for label, [(cfg, _, run), *_] in labels.items()
-             if (run / "tokens.npz").exists()]
-    fig = Figure((19, 4.5 * max(1, len(shown))), layout="constrained")
-    for (label, cfg, t), axes in zip(shown, fig.subplots(max(1, len(shown)), 4, squeeze=False)):
+    shown = [(label, cfg, dict(np.load(run / "tokens.npz"))) for label, runs in labels.items()
+             for cfg, _, run in [r for r in runs if (r[2] / "tokens.npz").exists()][:1]]
+    if not shown:
+        return print(f"{path} is not drawn: a run has no tokens.npz before its first checkpoint")
+    fig = Figure((19, 4.5 * len(shown)), layout="constrained")
+    for (label, cfg, t), axes in zip(shown, fig.subplots(len(shown), 4, squeeze=False)):
         p_old_N, p_N, r_N = np.exp(t["old_logp"]), np.exp(t["logp"]), np.exp(t["logp"] - t["old_logp"])
         dots, tail = dict(s=6, alpha=0.5, linewidths=0), (0.001, 0.999)
         axes[0].scatter(p_old_N, t["rho"], color=COLOURS[0], **dots)
