@@ -2,6 +2,7 @@
 
     python erc.py                                   the paper's run: a 1.5B reasoning model on one 80 GB GPU
     python erc.py --preset tiny                     the same code on a 0.5 M-parameter model, minutes on a CPU
+    torchrun --nproc-per-node 8 erc.py              the paper's run on all GPUs of a node
     python erc.py --model DIR --data FILE --no-erc  your model, your problems, plain DAPO
     python erc.py --help                            every setting with its reason and source
 
@@ -22,6 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long sp
 import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, sys, time
 import multiprocessing as mp
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
@@ -29,10 +31,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 
 class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with status 2."""
+
+
+# -------------------------------------------------------------------------------------------------- Processes
+
+# Under torchrun this is process RANK of WORLD, each with a GPU, an engine and all weights of its own; started
+# alone it is 0 of 1. Ranks share out prompts, verification and the samples of a mini-batch, and nothing else:
+# after `gather` and after the gradients' sum all hold the same, to the bit, and take the same decisions.
+launched = os.environ if dist.is_torchelastic_launched() else {}
+RANK, LOCAL_RANK = (int(launched.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD, LOCAL_WORLD = (int(launched.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+
+
+def gather(x):
+    """What each rank holds -> [rank 0's, rank 1's, …], on every rank."""
+    parts = [x] * WORLD
+    try:
+        if WORLD > 1:
+            dist.all_gather_object(parts, x)
+    except RuntimeError as e:                                       # gloo's: the connection was closed
+        raise UserError(f"rank {RANK} lost another one, whose own error says why ({first_line(e)})")
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------- Settings
@@ -105,7 +129,7 @@ class Config:  # the comments are the text of --help
 INF = math.inf
 RANGES = dict(
     eps_low=(0, 1), eps_high=(0, INF), beta_low=(0, INF), beta_high=(0, INF), dual_clip=(0, INF),
-    kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(1, INF),
+    kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(WORLD, INF),
     group_size=(2, INF), oversample=(1, 100), max_rounds=(1, 1000), max_prompt_tokens=(1, INF),
     max_response_tokens=(1, INF), temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF),
     weight_decay=(0, 1), grad_clip=(1e-9, INF), micro_tokens=(1, INF), gpu_memory=(0.05, 0.95),
@@ -274,7 +298,7 @@ class Verifier:
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", "math_verify"])
         self.limits, self.killed = (seconds, megabytes), 0
-        self.idle = [self.start() for _ in range(workers or min(32, os.cpu_count()))]
+        self.idle = [self.start() for _ in range(workers or max(1, min(32, os.cpu_count() // LOCAL_WORLD)))]
 
     def start(self):
         ours, theirs = self.context.Pipe()
@@ -350,7 +374,7 @@ class HFSampler:
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
-        size = max(1, 2**16 // (max(map(len, rows)) + max_tokens))              # 65,536 tokens of KV cache
+        size = max(1, 2**16 // (max(map(len, rows), default=0) + max_tokens))   # 65,536 tokens of KV cache
         for part in (rows[i:i + size] for i in range(0, len(rows), size)):
             columns, L = [], max(map(len, part))
             ids_BL = torch.tensor([[self.pad] * (L - len(p)) + p for p in part], device=self.model.device)
@@ -381,6 +405,7 @@ class VLLMSampler:
         memory = dict(gpu_memory_utilization=gpu_memory) if cuda else dict(kv_cache_memory_bytes=1 << 30)
         self.llm = LLM(model=str(path), dtype="bfloat16" if cuda else "float32", max_model_len=max_tokens,
                        enforce_eager=not cuda, enable_sleep_mode=cuda, generation_config="vllm", seed=0,
+                       distributed_executor_backend="external_launcher" if WORLD > 1 else None,
                        logprobs_mode="processed_logprobs", hf_overrides={"head_dtype": "float32"}, **memory)
         self.sleep()
 
@@ -407,7 +432,7 @@ class VLLMSampler:
             ignore_eos=False, min_tokens=0, max_tokens=max_tokens, logprobs=0, flat_logprobs=True,
             detokenize=False)
         ids = [{"prompt_token_ids": p} for p in prompts]
-        outs = self.llm.generate(ids, params, use_tqdm=sys.stderr.isatty())
+        outs = self.llm.generate(ids, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
         return [Sample(p, list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length")
                 for p, out in zip(prompts, outs) for o in out.outputs]
 
@@ -594,9 +619,10 @@ def encode(tokenizer, prompt):
 
 
 def micro_batches(samples, budget):
-    """Cut samples into lists of similar length, of at most `budget` padded tokens (or one sample) each."""
+    """This rank's share of samples, every WORLD-th by length so that all ranks have as much to do, cut into
+    lists of similar length, of at most `budget` padded tokens (or one sample) each."""
     out, size = [], lambda s: len(s.prompt) + len(s.response)
-    for s in sorted(samples, key=size, reverse=True):
+    for s in sorted(samples, key=size, reverse=True)[RANK::WORLD]:
         if not out or (len(out[-1]) + 1) * size(out[-1][0]) > budget:
             out.append([])
         out[-1].append(s)
@@ -636,37 +662,41 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     """Sample, verify, keep groups whose rewards differ -> (groups, a sample to show, new cursor, metrics).
 
     Rounds go on until prompts_per_step groups are kept, max_rounds at most. All randomness is a function of
-    seed, step and cursor, so a resumed run draws the same."""
+    seed, step, cursor, rank and number of ranks, so a resumed run draws the same."""
     # Equal rewards give no gradient. DAPO samples others instead; in GRPO's mean over responses they stay.
     keep_all, groups, seen, n, G = cfg.algo == "grpo", [], [], len(prompts), cfg.group_size
+    shown = None
     count = math.ceil(cfg.prompts_per_step * (1 if keep_all else cfg.oversample))
-    m, killed = dict(seconds_sample=0.0, seconds_verify=0.0), verifier.killed
+    m = dict(seconds_sample=0.0, seconds_verify=0.0, verifier_killed=0)
     for attempt in range(cfg.max_rounds):
         if len(groups) >= cfg.prompts_per_step:
             break
         started = time.perf_counter()
-        chosen = [prompts[epoch_order(n, cfg.seed, k // n)[k % n]] for k in range(cursor, cursor + count)]
+        chosen = [prompts[epoch_order(n, cfg.seed, k // n)[k % n]]
+                  for k in range(cursor + RANK, cursor + count, WORLD)]
         cursor += count
-        seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32)
+        seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32) + RANK
         samples = sampler.generate([ids for ids, _ in chosen], G, cfg.max_response_tokens, cfg.temperature,
                                    seed=seed)
-        sampled = time.perf_counter()
+        sampled, killed = time.perf_counter(), verifier.killed
         texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
         rewards = verifier.score(texts, [answer for _, answer in chosen for _ in range(G)])
         shaped_B = torch.tensor([r - overlong(len(s.response), cfg) for s, r in zip(samples, rewards)])
-        shaped_PG = shaped_B.view(count, G)
+        shaped_PG = shaped_B.view(len(chosen), G)
         for s, r, a in zip(samples, rewards, group_advantages(shaped_PG).flatten().tolist()):
             s.reward, s.advantage = r, a
-        seen += samples
-        groups += [samples[p * G:p * G + G] for p, r_G in enumerate(shaped_PG)
-                   if keep_all or (r_G != r_G[0]).any()]
+        shown = shown or samples[0]
+        kept = [samples[p * G:p * G + G] for p, r_G in enumerate(shaped_PG)
+                if keep_all or (r_G != r_G[0]).any()]
         m["seconds_sample"] += sampled - started
         m["seconds_verify"] += time.perf_counter() - sampled
-    def mean(values): return sum(values) / len(seen)
-    return groups[:cfg.prompts_per_step], seen[0], cursor, m | dict(
-        reward=mean(s.reward for s in seen), response_length=mean(len(s.response) for s in seen),
-        truncated=mean(s.truncated for s in seen), tokens=sum(len(s.response) for s in seen),
-        groups=len(groups), verifier_killed=verifier.killed - killed)
+        counts = [(s.reward, len(s.response), s.truncated) for s in samples]
+        for kept, counts, killed in gather((kept, counts, verifier.killed - killed)):
+            groups, seen, m["verifier_killed"] = groups + kept, seen + counts, m["verifier_killed"] + killed
+    rewards, lengths, truncated = zip(*seen)
+    return groups[:cfg.prompts_per_step], shown, cursor, m | dict(
+        reward=sum(rewards) / len(seen), response_length=sum(lengths) / len(seen),
+        truncated=sum(truncated) / len(seen), tokens=sum(lengths), groups=len(groups))
 
 
 def old_statistics(model, micros, cfg):
@@ -676,9 +706,11 @@ def old_statistics(model, micros, cfg):
     from tqdm import tqdm
     started = time.perf_counter()
     with torch.no_grad():
-        old = [forward(model, micro, cfg) for micro in tqdm(micros, "old policy", leave=False, disable=None)]
+        old = [forward(model, micro, cfg) for micro in tqdm(micros, "old policy", leave=False,
+                                                                  disable=RANK > 0 or None)]
     theirs_N = torch.tensor([x for micro in micros for s in micro for x in s.logp])
-    gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
+    ours_N = torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old] or [theirs_N]).cpu()
+    gap_N = torch.cat(gather((ours_N - theirs_N).abs()))
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
         raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (> {limit}): the sampler "
@@ -696,8 +728,8 @@ def update(model, optimizer, groups, cfg):
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
     old, m = old_statistics(model, sum(plan, []), cfg)
     started, old, sums, rhos, norms = time.perf_counter(), iter(old), {}, [], []
-    for mini, micros in zip(tqdm(minis, "updates", leave=False, disable=None), plan):
-        # The denominators are the mini-batch's: its gradient is the same however it is cut.
+    for mini, micros in zip(tqdm(minis, "updates", leave=False, disable=RANK > 0 or None), plan):
+        # The denominators are the mini-batch's: its gradient is the same however it is cut, and shared out.
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
         right = sum(len(s.response) for s in mini if s.reward == 1.0)
         for micro in micros:
@@ -718,13 +750,18 @@ def update(model, optimizer, groups, cfg):
                 if not drift < 1e-3:
                     raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
                                     "statistics do not come from the same weights through the same code")
+        for p in model.parameters() if WORLD > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad           # no sample for this rank
+            dist.all_reduce(p.grad)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
             optimizer.step()
         optimizer.zero_grad()
-    rho_N, finite = torch.cat(rhos), [x for x in norms if math.isfinite(x)]
-    m |= {name: total / len(rho_N) for name, total in sums.items()}
-    rho_N = rho_N[::1 + len(rho_N) // 2**20].sort().values             # quantiles of a million tokens at most
+    n, finite = sum(len(s.response) for mini in minis for s in mini), [x for x in norms if math.isfinite(x)]
+    rho_N = torch.cat(rhos or [torch.empty(0)])[::1 + n // 2**20].cpu()   # of a million tokens, all ranks'
+    sums, rhos = zip(*gather((sums, rho_N)))
+    m |= {name: sum(part.get(name, 0.0) for part in sums) / n for name in sums[0]}
+    rho_N = torch.cat(rhos).sort().values
     m |= {f"rho_p{q}": rho_N[len(rho_N) * q // 100].item() for q in (1, 50, 99)}
     return m | dict(grad_norm=sum(finite) / max(1, len(finite)), grad_norm_max=max(finite, default=0.0),
                     updates=len(finite), updates_skipped=len(norms) - len(finite),
@@ -769,9 +806,10 @@ def rehearse(model, optimizer, cfg):
 
 def evaluate(cfg, sampler, verifier, tokenizer, prompts):
     """The share of held-out problems whose greedy response is right."""
-    samples = sampler.generate([ids for ids, _ in prompts], 1, cfg.max_response_tokens, temperature=0)
+    mine = prompts[RANK::WORLD]
+    samples = sampler.generate([ids for ids, _ in mine], 1, cfg.max_response_tokens, temperature=0)
     texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
-    return sum(verifier.score(texts, [answer for _, answer in prompts])) / len(prompts)
+    return sum(map(sum, gather(verifier.score(texts, [answer for _, answer in mine])))) / len(prompts)
 
 
 HEADER = "  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds"
@@ -789,8 +827,9 @@ def log_line(m):
 
 
 def append(path, record):
-    with open(path, "a") as f:
-        f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if RANK == 0:
+        with open(path, "a") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def save_dir(path, *parts, **texts):
@@ -820,7 +859,7 @@ def restore(out, model, optimizer):
     state = torch.load(out / "checkpoint/state.pt", map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+    for path in (out / "metrics.jsonl", out / "samples.jsonl") if RANK == 0 else ():
         lines = path.read_text().split("\n")[:-1]       # the last one may be cut off
         path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"]))
     return state["step"], state["cursor"], state["bad"]
@@ -837,11 +876,18 @@ def setup(cfg):
     kind = cfg.sampler if cfg.sampler != "auto" else "vllm" if find_spec("vllm") else "hf"
     if kind == "vllm" and not find_spec("vllm"):
         raise UserError("--sampler vllm: vllm is not installed; pip install vllm, or use --sampler hf")
+    if device.type == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node {LOCAL_WORLD}: this node has {torch.cuda.device_count()} GPUs")
+    if WORLD > 1:                                   # gloo for `gather`; on GPUs nccl for the gradients
+        dist.init_process_group(timeout=timedelta(days=7))  # a rank may wait long for another's rollout
+    if device.type == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # our own line says what failed
-    if cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
+    if RANK == 0 and cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
         build_tiny(Path(cfg.model))
+    gather(None)                                                            # the others wait for it
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
     model, tokenizer, eos = load_model(cfg.model, device)
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
@@ -859,7 +905,8 @@ def setup(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
                                   fused=device.type == "cuda")              # unfused it copies the gradients
     updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
-    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {kind}\n"
+    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {f'{WORLD} × ' * (WORLD > 1)}{device}, "
+          f"sampler {kind}\n"
           f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
           f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
           f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
@@ -875,10 +922,11 @@ def train(cfg):
     out.mkdir(parents=True, exist_ok=True)
     if cfg.resume:
         step, cursor, bad = restore(out, model, optimizer)
-    else:
+    elif RANK == 0:
         for name in ("metrics.jsonl", "samples.jsonl"):
             (out / name).write_text("")
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    if RANK == 0:
+        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     sampler.load_weights(model)
     if heldout and step == 0:
         accuracy = evaluate(cfg, sampler, verifier, tokenizer, heldout)
@@ -909,10 +957,11 @@ def train(cfg):
         print(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""), flush=True)
         if bad == 3:
             raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
             save(out / "checkpoint/state.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
                  step=step, cursor=cursor, bad=bad)
-    save_dir(out / "model", model, tokenizer)
+    if RANK == 0:
+        save_dir(out / "model", model, tokenizer)
     print(f"done: {out}/model (Hugging Face format), {out}/metrics.jsonl, {out}/samples.jsonl")
 
 
@@ -965,13 +1014,19 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGTERM, terminate)
         torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")                              # rank 0 speaks for all
         train(parse_args(argv))
         return 0
     except (UserError, OSError) as e:               # OSError: a full disk, no permission; it names the file
+        if RANK > 0:                                # if rank 0 found it, too, torchrun ends this one meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
         print(f"erc: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print("erc: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        if RANK == 0:
+            print("erc: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return e.args[0] if e.args else 130
 
 
