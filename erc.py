@@ -446,7 +446,7 @@ def logp_entropy(logits_NV, targets_N, work=(None, None)):
     log(1+s) - Σ e^d·d / (1+s). All terms have one sign, so nothing cancels, and H keeps a relative error of
     1e-6 where the policy is near-deterministic, as at most tokens of a reasoning model. The usual
     logsumexp(z) - Σπz is 17 % off at H = 6e-5, where ERC asks about 5 %. Logits may be -inf (probability 0).
-    work: two tensors (N, V) to work in, the first may be the logits; new pages cost as much as the arithmetic.
+    work: two tensors (N, V) to work in, the first may be the logits: new pages cost as much as arithmetic.
 
     >>> [round(x.item(), 4) for x in logp_entropy(torch.tensor([[.85, 0, .15, 0]]).log(), torch.tensor([0]))]
     [-0.1625, 0.4227]
@@ -911,8 +911,8 @@ def setup(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
                                   fused=device.type == "cuda")              # unfused it copies the gradients
     updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
-    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {f'{WORLD} × ' * (WORLD > 1)}{device}, "
-          f"sampler {kind}\n"
+    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on "
+          f"{f'{WORLD} × ' * (WORLD > 1)}{device}, sampler {kind}\n"
           f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
           f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
           f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
@@ -1025,7 +1025,7 @@ def main(argv=None):
         train(parse_args(argv))
         return 0
     except (UserError, OSError) as e:               # OSError: a full disk, no permission; it names the file
-        if RANK > 0:                                # if rank 0 found it, too, torchrun ends this one meanwhile
+        if RANK > 0:                                # if rank 0 found it too, torchrun ends this one meanwhile
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         print(f"erc: error: {e}", file=sys.stderr)
