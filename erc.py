@@ -374,7 +374,8 @@ class HFSampler:
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
-        size = max(1, 2**16 // (max(map(len, rows), default=0) + max_tokens))   # 65,536 tokens of KV cache
+        size = 2**16 // (max(map(len, rows), default=0) + max_tokens)           # 65,536 tokens of KV cache
+        size = max(1, min(size, 2**25 // self.model.config.get_text_config().vocab_size))  # 128 MB of logits
         for part in (rows[i:i + size] for i in range(0, len(rows), size)):
             columns, L = [], max(map(len, part))
             ids_BL = torch.tensor([[self.pad] * (L - len(p)) + p for p in part], device=self.model.device)
