@@ -1036,7 +1036,7 @@ def test_what_the_readme_names_exists():
     assert {n for n in named if n.startswith("test_")} <= defined
     table = readme.split("| equation |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) <= defined
-    flags = {"--" + f.name.replace("_", "-") for f in erc.fields(Config)} | {"--no-erc", "--help"}
+    flags = {"--" + f.name.replace("_", "-") for f in erc.fields(Config)} | {"--no-erc", "--help", "--nproc-per-node"}
     flags |= {"--" + name.replace("_", "-") for name in vars(toy_bandit.parse_args([]))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
     assert all((ROOT / f).exists() for f in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme))
