@@ -2,6 +2,7 @@
 
     python erc.py                                   the paper's run: a 1.5B reasoning model on one 80 GB GPU
     python erc.py --preset tiny                     the same code on a 0.5 M-parameter model, minutes on a CPU
+    torchrun --nproc-per-node 8 erc.py              the paper's run on all GPUs of a node
     python erc.py --model DIR --data FILE --no-erc  your model, your problems, plain DAPO
     python erc.py eval --model DIR                  avg@k on the paper's six benchmarks, or on your problems
     python erc.py plot RUN RUN                      the paper's figures from the records of runs, and a table
@@ -26,6 +27,7 @@ import multiprocessing as mp
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
@@ -33,10 +35,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 
 class UserError(Exception):
     """Something the user can put right: `main` prints it as one line and exits with status 2."""
+
+
+# -------------------------------------------------------------------------------------------------- Processes
+
+# Under torchrun this is process RANK of WORLD, each with a GPU, an engine and all weights of its own; started
+# alone it is 0 of 1. Ranks share out prompts, verification and the samples of a mini-batch, and nothing else:
+# after `gather` and after the gradients' sum all hold the same, to the bit, and take the same decisions.
+launched = os.environ if dist.is_torchelastic_launched() else {}
+RANK, LOCAL_RANK = (int(launched.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD, LOCAL_WORLD = (int(launched.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+
+
+def gather(x):
+    """What each rank holds -> [rank 0's, rank 1's, …], on every rank."""
+    parts = [x] * WORLD
+    try:
+        if WORLD > 1:
+            dist.all_gather_object(parts, x)
+    except RuntimeError as e:                                       # gloo's: the connection was closed
+        raise UserError(f"rank {RANK} lost another one, whose own error says why ({first_line(e)})")
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------- Settings
@@ -102,7 +126,7 @@ class Config:  # the comments are the text of --help
 INF = math.inf
 RANGES = dict(
     eps_low=(0, 1), eps_high=(0, INF), beta_low=(0, INF), beta_high=(0, INF), dual_clip=(0, INF),
-    kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(1, INF),
+    kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(WORLD, INF),
     group_size=(2, INF), oversample=(1, 100), max_rounds=(1, 1000), max_prompt_tokens=(1, INF),
     max_response_tokens=(1, INF), temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF),
     weight_decay=(0, 1), grad_clip=(1e-9, INF), micro_tokens=(1, INF), gpu_memory=(0.05, 0.95),
@@ -294,7 +318,7 @@ class Verifier:
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["__main__", "math_verify"])
         self.limits, self.killed = (seconds, megabytes), 0
-        self.idle = [self.start() for _ in range(workers or min(32, os.cpu_count()))]
+        self.idle = [self.start() for _ in range(workers or max(1, min(32, os.cpu_count() // LOCAL_WORLD)))]
 
     def start(self):
         ours, theirs = self.context.Pipe()
@@ -370,7 +394,8 @@ class HFSampler:
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
         self.model.eval()
-        size = max(1, 2**16 // (max(map(len, rows)) + max_tokens))              # 65,536 tokens of KV cache
+        size = 2**16 // (max(map(len, rows), default=0) + max_tokens)           # 65,536 tokens of KV cache
+        size = max(1, min(size, 2**25 // self.model.config.get_text_config().vocab_size))  # 128 MB of logits
         for part in (rows[i:i + size] for i in range(0, len(rows), size)):
             columns, L = [], max(map(len, part))
             ids_BL = torch.tensor([[self.pad] * (L - len(p)) + p for p in part], device=self.model.device)
@@ -401,6 +426,7 @@ class VLLMSampler:
         memory = dict(gpu_memory_utilization=gpu_memory) if cuda else dict(kv_cache_memory_bytes=1 << 30)
         self.llm = LLM(model=str(path), dtype="bfloat16" if cuda else "float32", max_model_len=max_tokens,
                        enforce_eager=not cuda, enable_sleep_mode=cuda, generation_config="vllm", seed=0,
+                       distributed_executor_backend="external_launcher" if WORLD > 1 else None,
                        logprobs_mode="processed_logprobs", hf_overrides={"head_dtype": "float32"}, **memory)
         self.sleep()
 
@@ -427,32 +453,33 @@ class VLLMSampler:
             ignore_eos=False, min_tokens=0, max_tokens=max_tokens, logprobs=0, flat_logprobs=True,
             detokenize=False)
         ids = [{"prompt_token_ids": p} for p in prompts]
-        outs = self.llm.generate(ids, params, use_tqdm=sys.stderr.isatty())
+        outs = self.llm.generate(ids, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
         return [Sample(p, list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length")
                 for p, out in zip(prompts, outs) for o in out.outputs]
 
 
 # ---------------------------------------------------------------------------------------------- Entropy ratio
 
-def logp_entropy(logits_NV, targets_N):
+def logp_entropy(logits_NV, targets_N, work=(None, None)):
     """log π(y) and H(π) = -Σ_v π_v log π_v of each row, in nats and fp32 -> (logp_N, entropy_N).
 
     With d = z - max z and s = Σ e^d without the argmax's own term: log π(y) = d_y - log(1+s), and H =
     log(1+s) - Σ e^d·d / (1+s). All terms have one sign, so nothing cancels, and H keeps a relative error of
     1e-6 where the policy is near-deterministic, as at most tokens of a reasoning model. The usual
     logsumexp(z) - Σπz is 17 % off at H = 6e-5, where ERC asks about 5 %. Logits may be -inf (probability 0).
+    work: two tensors (N, V) to work in, the first may be the logits: new pages cost as much as arithmetic.
 
     >>> [round(x.item(), 4) for x in logp_entropy(torch.tensor([[.85, 0, .15, 0]]).log(), torch.tensor([0]))]
     [-0.1625, 0.4227]
     """
     logits_NV = logits_NV.float()
     top_N1, argmax_N1 = logits_NV.max(-1, keepdim=True)
-    d_NV = logits_NV - top_N1
-    d_y_N = d_NV.gather(-1, targets_N[:, None]).squeeze(-1)
-    d_NV = d_NV.clamp(min=-1e4).scatter(-1, argmax_N1, -1e4)    # e^-10000 is 0, and 0 · -10000 no NaN
-    e_NV = d_NV.exp()
+    d_y_N = (logits_NV.gather(-1, targets_N[:, None]) - top_N1).squeeze(-1)
+    d_NV = torch.sub(logits_NV, top_N1, out=work[0])
+    d_NV.clamp_(min=-1e4).scatter_(-1, argmax_N1, -1e4)         # e^-10000 is 0, and 0 · -10000 no NaN
+    e_NV = torch.exp(d_NV, out=work[1])
     s_N = e_NV.sum(-1)
-    return d_y_N - s_N.log1p(), s_N.log1p() - torch.linalg.vecdot(e_NV, d_NV) / (1 + s_N)
+    return d_y_N - s_N.log1p(), s_N.log1p() - torch.mul(e_NV, d_NV, out=work[0]).sum(-1) / (1 + s_N)
 
 
 class HeadStats(torch.autograd.Function):
@@ -462,10 +489,12 @@ class HeadStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy_grad, chunk):
         logp_N, entropy_N = torch.empty(2, len(targets_N), device=hidden_ND.device)
-        W_VD = weight_VD.float()
+        W_VD, rows = weight_VD.float(), min(chunk, len(targets_N))
+        z_CV, e_CV = (W_VD.new_empty(rows, len(W_VD)) for _ in range(2))
         for i in range(0, len(targets_N), chunk):
-            c = slice(i, i + chunk)
-            logp_N[c], entropy_N[c] = logp_entropy(hidden_ND[c].float() / temperature @ W_VD.T, targets_N[c])
+            c, n = slice(i, i + chunk), min(rows, len(targets_N) - i)
+            logits_CV = torch.mm(hidden_ND[c].float() / temperature, W_VD.T, out=z_CV[:n])
+            logp_N[c], entropy_N[c] = logp_entropy(logits_CV, targets_N[c], (logits_CV, e_CV[:n]))
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, logp_N, entropy_N)
         ctx.temperature, ctx.entropy_grad, ctx.chunk = temperature, entropy_grad, chunk
         if not entropy_grad:
@@ -479,17 +508,20 @@ class HeadStats(torch.autograd.Function):
         W_VD = weight_VD.float()
         g_hidden_ND, g_weight_VD = torch.zeros_like(hidden_ND), torch.zeros_like(W_VD)
         alive_N = (g_logp_N != 0) | ctx.entropy_grad            # a dropped token costs no backward
+        buffer_CV = W_VD.new_empty(min(ctx.chunk, len(targets_N)), len(W_VD))
         for n_C in alive_N.nonzero().squeeze(1).split(ctx.chunk):
-            x_CD = hidden_ND[n_C].float() / ctx.temperature
+            x_CD, g_C1 = hidden_ND[n_C].float() / ctx.temperature, -g_logp_N[n_C, None]
             y_C1, logp_C1, H_C1 = targets_N[n_C, None], logp_N[n_C, None], entropy_N[n_C, None]
-            z_CV = x_CD @ W_VD.T
+            z_CV = torch.mm(x_CD, W_VD.T, out=buffer_CV[:len(n_C)])
             z_CV += logp_C1 - z_CV.gather(1, y_C1)              # now log π_v
-            h_CV = (z_CV + H_C1) * z_CV.exp() * g_entropy_N[n_C, None] if ctx.entropy_grad else 0.0
+            if ctx.entropy_grad:                                # ∂ H / ∂z_v = -π_v (log π_v + H)
+                h_CV = (z_CV + H_C1) * z_CV.exp() * g_entropy_N[n_C, None]
             # ∂ log π_y / ∂z_v = δ_vy - π_v, and 1 - π_y = -expm1(log π_y) without cancellation
-            # ∂ H / ∂z_v = -π_v (log π_v + H)
-            dz_CV = z_CV.exp_().scatter_(1, y_C1, logp_C1.expm1()).mul_(-g_logp_N[n_C, None]).sub_(h_CV)
-            g_hidden_ND[n_C] = (dz_CV @ W_VD / ctx.temperature).to(hidden_ND.dtype)
-            g_weight_VD.addmm_(dz_CV.T, x_CD)
+            dz_CV = z_CV.exp_().scatter_(1, y_C1, logp_C1.expm1())
+            if ctx.entropy_grad:
+                dz_CV, g_C1 = dz_CV.mul_(g_C1).sub_(h_CV), 1.0
+            g_hidden_ND[n_C] = (dz_CV @ W_VD * (g_C1 / ctx.temperature)).to(hidden_ND.dtype)
+            g_weight_VD.addmm_(dz_CV.T, x_CD * g_C1)            # scaling D columns is cheaper than V
         return g_hidden_ND, g_weight_VD.to(weight_VD.dtype), None, None, None, None
 
 
@@ -624,9 +656,10 @@ def encode(tokenizer, prompt):
 
 
 def micro_batches(samples, budget):
-    """Cut samples into lists of similar length, of at most `budget` padded tokens (or one sample) each."""
+    """This rank's share of samples, every WORLD-th by length so that all ranks have as much to do, cut into
+    lists of similar length, of at most `budget` padded tokens (or one sample) each."""
     out, size = [], lambda s: len(s.prompt) + len(s.response)
-    for s in sorted(samples, key=size, reverse=True):
+    for s in sorted(samples, key=size, reverse=True)[RANK::WORLD]:
         if not out or (len(out[-1]) + 1) * size(out[-1][0]) > budget:
             out.append([])
         out[-1].append(s)
@@ -666,37 +699,41 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     """Sample, verify, keep groups whose rewards differ -> (groups, a sample to show, new cursor, metrics).
 
     Rounds go on until prompts_per_step groups are kept, max_rounds at most. All randomness is a function of
-    seed, step and cursor, so a resumed run draws the same."""
+    seed, step, cursor, rank and number of ranks, so a resumed run draws the same."""
     # Equal rewards give no gradient. DAPO samples others instead; in GRPO's mean over responses they stay.
     keep_all, groups, seen, n, G = cfg.algo == "grpo", [], [], len(prompts), cfg.group_size
+    shown = None
     count = math.ceil(cfg.prompts_per_step * (1 if keep_all else cfg.oversample))
-    m, killed = dict(seconds_sample=0.0, seconds_verify=0.0), verifier.killed
+    m = dict(seconds_sample=0.0, seconds_verify=0.0, verifier_killed=0)
     for attempt in range(cfg.max_rounds):
         if len(groups) >= cfg.prompts_per_step:
             break
         started = time.perf_counter()
-        chosen = [prompts[epoch_order(n, cfg.seed, k // n)[k % n]] for k in range(cursor, cursor + count)]
+        chosen = [prompts[epoch_order(n, cfg.seed, k // n)[k % n]]
+                  for k in range(cursor + RANK, cursor + count, WORLD)]
         cursor += count
-        seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32)
+        seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32) + RANK
         samples = sampler.generate([ids for ids, _ in chosen], G, cfg.max_response_tokens, cfg.temperature,
                                    seed=seed)
-        sampled = time.perf_counter()
+        sampled, killed = time.perf_counter(), verifier.killed
         texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
         rewards = verifier.score(texts, [answer for _, answer in chosen for _ in range(G)])
         shaped_B = torch.tensor([r - overlong(len(s.response), cfg) for s, r in zip(samples, rewards)])
-        shaped_PG = shaped_B.view(count, G)
+        shaped_PG = shaped_B.view(len(chosen), G)
         for s, r, a in zip(samples, rewards, group_advantages(shaped_PG).flatten().tolist()):
             s.reward, s.advantage = r, a
-        seen += samples
-        groups += [samples[p * G:p * G + G] for p, r_G in enumerate(shaped_PG)
-                   if keep_all or (r_G != r_G[0]).any()]
+        shown = shown or samples[0]
+        kept = [samples[p * G:p * G + G] for p, r_G in enumerate(shaped_PG)
+                if keep_all or (r_G != r_G[0]).any()]
         m["seconds_sample"] += sampled - started
         m["seconds_verify"] += time.perf_counter() - sampled
-    def mean(values): return sum(values) / len(seen)
-    return groups[:cfg.prompts_per_step], seen[0], cursor, m | dict(
-        reward=mean(s.reward for s in seen), response_length=mean(len(s.response) for s in seen),
-        truncated=mean(s.truncated for s in seen), tokens=sum(len(s.response) for s in seen),
-        groups=len(groups), verifier_killed=verifier.killed - killed)
+        counts = [(s.reward, len(s.response), s.truncated) for s in samples]
+        for kept, counts, killed in gather((kept, counts, verifier.killed - killed)):
+            groups, seen, m["verifier_killed"] = groups + kept, seen + counts, m["verifier_killed"] + killed
+    rewards, lengths, truncated = zip(*seen)
+    return groups[:cfg.prompts_per_step], shown, cursor, m | dict(
+        reward=sum(rewards) / len(seen), response_length=sum(lengths) / len(seen),
+        truncated=sum(truncated) / len(seen), tokens=sum(lengths), groups=len(groups))
 
 
 def old_statistics(model, micros, cfg):
@@ -706,9 +743,11 @@ def old_statistics(model, micros, cfg):
     from tqdm import tqdm
     started = time.perf_counter()
     with torch.no_grad():
-        old = [forward(model, micro, cfg) for micro in tqdm(micros, "old policy", leave=False, disable=None)]
+        old = [forward(model, micro, cfg) for micro in tqdm(micros, "old policy", leave=False,
+                                                                  disable=RANK > 0 or None)]
     theirs_N = torch.tensor([x for micro in micros for s in micro for x in s.logp])
-    gap_N = (torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old]).cpu() - theirs_N).abs()
+    ours_N = torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old] or [theirs_N]).cpu()
+    gap_N = torch.cat(gather((ours_N - theirs_N).abs()))
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
         raise UserError(f"sampler and trainer disagree by {mean:.2g} nats a token (> {limit}): the sampler "
@@ -729,8 +768,8 @@ def update(model, optimizer, groups, cfg):
     old, m = old_statistics(model, sum(plan, []), cfg)
     started, old, sums, tokens, norms = time.perf_counter(), iter(old), {}, [], []
     total = sum(len(s.response) for mini in minis for s in mini)
-    for mini, micros in zip(tqdm(minis, "updates", leave=False, disable=None), plan):
-        # The denominators are the mini-batch's: its gradient is the same however it is cut.
+    for mini, micros in zip(tqdm(minis, "updates", leave=False, disable=RANK > 0 or None), plan):
+        # The denominators are the mini-batch's: its gradient is the same however it is cut, and shared out.
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
         right = sum(len(s.response) for s in mini if s.reward == 1.0)
         for micro in micros:
@@ -752,14 +791,20 @@ def update(model, optimizer, groups, cfg):
                     raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
                                     "statistics do not come from the same weights through the same code")
             tokens[-1] = tokens[-1][:, ::1 + total // 2**20]
+        for p in model.parameters() if WORLD > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad           # no sample for this rank
+            dist.all_reduce(p.grad)
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
         if math.isfinite(norms[-1]):
             optimizer.step()
         optimizer.zero_grad()
-    finite, tokens_KN = [x for x in norms if math.isfinite(x)], torch.cat(tokens, 1).cpu()
+    finite, tokens = [x for x in norms if math.isfinite(x)], tokens or [torch.empty(len(TOKENS), 0)]
+    sums, tokens = zip(*gather((sums, torch.cat(tokens, 1).cpu())))
+    m |= {name: sum(part.get(name, 0.0) for part in sums) for name in sums[0]}
+    tokens_KN = torch.cat(tokens, 1)
     rho_N = tokens_KN[TOKENS.index("rho")].sort().values
     m |= {f"rho_p{q}": rho_N[len(rho_N) * q // 100].item() for q in (1, 50, 99)}
-    return m | sums | dict(
+    return m | dict(
         rho_drift=(rho_N - 1).abs().median().item(), grad_norm=sum(finite) / max(1, len(finite)),
         grad_norms=finite, updates=len(finite), updates_skipped=len(norms) - len(finite),
         seconds_update=time.perf_counter() - started), tokens_KN
@@ -775,7 +820,7 @@ def budget(model, cfg):
     if cuda:                                     # gradient checkpointing: each layer's input, and one layer
         kept = 4 * c.hidden_size * c.num_hidden_layers + layer
     parts = {"fp32 masters": 4 * n, "gradients": 4 * n, "Adam": 8 * n, "activations": tokens * kept,
-             "head": 4 * c.vocab_size * (3 * 256 + c.hidden_size)}
+             "head": 4 * c.vocab_size * (2 * 256 + c.hidden_size)}
     line = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
     return f"{line} = {sum(parts.values()) / 2**30:.2f} GiB" + (
         f"; while sampling masters, Adam and vLLM's {cfg.gpu_memory:.0%} of the card" if cuda else "")
@@ -816,8 +861,9 @@ def log_line(m):
 
 
 def append(path, record):
-    with open(path, "a") as f:
-        f.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if RANK == 0:
+        with open(path, "a") as f:
+            f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def save_dir(path, *parts, **texts):
@@ -859,16 +905,24 @@ def restore(out, model, optimizer):
     state = torch.load(out / "checkpoint/state.pt", map_location=model.device, weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+    for path in (out / "metrics.jsonl", out / "samples.jsonl") if RANK == 0 else ():
         lines = path.read_text().split("\n")[:-1]       # the last one may be cut off
         path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"]))
     return state["step"], state["cursor"], state["bad"]
 
 
-def device_for(cfg):
-    if cfg.model == Config.model and not torch.cuda.is_available():
+def start(cfg):
+    """Join the other ranks, if there are any -> this one's device."""
+    cuda = torch.cuda.is_available()
+    if cfg.model == Config.model and not cuda:
         raise UserError("no CUDA device: this run needs one 80 GB GPU; on a CPU, python erc.py --preset tiny")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if cuda and LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"--nproc-per-node {LOCAL_WORLD}: this node has {torch.cuda.device_count()} GPUs")
+    if WORLD > 1:                                   # gloo for `gather`; on GPUs nccl for the gradients
+        dist.init_process_group(timeout=timedelta(days=7))  # a rank may wait long for another's rollout
+    if cuda:
+        torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def make_sampler(cfg, model, tokenizer, eos, longest):
@@ -883,12 +937,13 @@ def make_sampler(cfg, model, tokenizer, eos, longest):
 
 def setup(cfg):
     """Check and load all that a run needs, cheapest first, and print the derived quantities."""
-    device = device_for(cfg)
     if Path(cfg.out, "checkpoint/state.pt").is_file() != cfg.resume:
         raise UserError(f"--resume: {cfg.out} has no checkpoint; start it without --resume" if cfg.resume else
                         f"{cfg.out} holds a run: go on with --resume, or name another directory with --out")
-    if cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
+    device = start(cfg)
+    if RANK == 0 and cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
         build_tiny(Path(cfg.model))
+    gather(None)                                                            # the others wait for it
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
     model, tokenizer, eos = load_model(cfg.model, device)
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
@@ -900,7 +955,8 @@ def setup(cfg):
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
                                   fused=device.type == "cuda")              # unfused it copies the gradients
     updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
-    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {device}, sampler {cfg.sampler}\n"
+    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on "
+          f"{f'{WORLD} × ' * (WORLD > 1)}{device}, sampler {cfg.sampler}\n"
           f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
           f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
           f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
@@ -916,10 +972,11 @@ def train(cfg):
     out.mkdir(parents=True, exist_ok=True)
     if cfg.resume:
         step, cursor, bad = restore(out, model, optimizer)
-    else:
+    elif RANK == 0:
         for name in ("metrics.jsonl", "samples.jsonl"):
             (out / name).write_text("")
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    if RANK == 0:
+        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
     sampler.load_weights(model)
     if heldout and step == 0:
         rows = evaluate(sampler, verifier, tokenizer, heldout, 1, cfg.max_response_tokens)
@@ -952,10 +1009,11 @@ def train(cfg):
         print(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""), flush=True)
         if bad == 3:
             raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
             save(out, model, optimizer, tokens_KN, step=step, cursor=cursor, bad=bad)
-    save_dir(out / "model", model, tokenizer)
-    plot([out], out)
+    if RANK == 0:
+        save_dir(out / "model", model, tokenizer)
+        plot([out], out)
     print(f"done: {out}/model (Hugging Face format), metrics.jsonl, samples.jsonl, curves.png, tokens.png")
 
 
@@ -992,11 +1050,13 @@ class EvalConfig:  # the comments are the text of eval --help
 
 def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0.0, top_p=1.0, seed=0):
     """k responses to each (ids, answer) -> a list a problem of its responses' (score, length, cut off)."""
-    samples = sampler.generate([ids for ids, _ in prompts], k, max_tokens, temperature, top_p, seed)
+    mine = prompts[RANK::WORLD]
+    samples = sampler.generate([ids for ids, _ in mine], k, max_tokens, temperature, top_p, seed + RANK)
     texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
-    scores = verifier.score(texts, [answer for _, answer in prompts for _ in range(k)])
+    scores = verifier.score(texts, [answer for _, answer in mine for _ in range(k)])
     rows = [(score, len(s.response), s.truncated) for score, s in zip(scores, samples)]
-    return [rows[i:i + k] for i in range(0, len(rows), k)]
+    parts = gather([rows[i:i + k] for i in range(0, len(rows), k)])
+    return [parts[p % WORLD][p // WORLD] for p in range(len(prompts))]
 
 
 def summary(problems):
@@ -1011,7 +1071,7 @@ def summary(problems):
 def evaluation(cfg):
     """The paper's protocol (§4.1): a table, and in cfg.out every score, from which a cut-off run goes on."""
     from tqdm import tqdm
-    device, out, plan, means = device_for(cfg), Path(cfg.out), {}, []
+    device, out, plan, means = start(cfg), Path(cfg.out), {}, []
     try:
         done = json.loads(out.read_text()) if out.exists() else {}
         old = {name: entry["settings"] for name, entry in done.items()}
@@ -1037,12 +1097,13 @@ def evaluation(cfg):
     print("benchmark                     problems   k   avg@k ± s.e.   length  cut off")
     for name, (prompts, how, entry) in plan.items():
         rows = entry["responses"]
-        for i in tqdm(range(len(rows), len(prompts), 16), name, leave=False, disable=None):
+        for i in tqdm(range(len(rows), len(prompts), 16), name, leave=False, disable=RANK > 0 or None):
             seed = random.Random(f"eval {cfg.seed} {i}").getrandbits(32)
             rows += evaluate(sampler, verifier, tokenizer, prompts[i:i + 16], **how, seed=seed)
             entry |= summary(rows)
-            with whole_file(out) as f:
-                f.write(json.dumps(done).encode())
+            if RANK == 0:
+                with whole_file(out) as f:
+                    f.write(json.dumps(done).encode())
         means.append(entry["accuracy"])
         se = "–" if entry["standard_error"] is None else f"{entry['standard_error']:.1%}"
         print(f"{name:30.30}{entry['problems']:8}{entry['k']:4}{entry['accuracy']:8.1%} "
@@ -1213,6 +1274,8 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGTERM, terminate)
         torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")                              # rank 0 speaks for all
         argv = sys.argv[1:] if argv is None else argv
         if argv[:1] == ["eval"]:
             evaluation(EvalConfig(**flags(EvalConfig, argv[1:], "python erc.py eval")))
@@ -1225,10 +1288,14 @@ def main(argv=None):
             train(parse_args(argv))
         return 0
     except (UserError, OSError) as e:               # OSError: a full disk, no permission; it names the file
+        if RANK > 0:                                # if rank 0 found it too, torchrun ends this one meanwhile
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(10)
         print(f"erc: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        print("erc: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        if RANK == 0:
+            print("erc: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return e.args[0] if e.args else 130
 
 

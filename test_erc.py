@@ -504,6 +504,106 @@ def test_models_without_chat_template_or_tied_or_of_another_family_train(tiny, l
     assert done.returncode == 0 and "r = ρ = 1" in done.stdout, done.stderr
 
 
+# ------------------------------------------------------------------------------------------------------- Processes
+
+RANKED = f"""import os, shutil, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import erc
+BODY
+if __name__ == "__main__":
+    sys.exit(erc.main(sys.argv[1:]))
+"""
+SMALL = ["--preset", "tiny", "--prompts-per-step", 16, "--minibatch-prompts", 4, "--group-size", 4, "--eval-data", ""]
+
+
+def torchrun(ranks, *args, cwd, body=None):
+    """torchrun erc.py ARGS, or a script that runs BODY, with `erc` imported, before erc.main(ARGS)."""
+    script = ROOT / "erc.py" if body is None else write(cwd / "ranked.py", RANKED.replace("BODY", body))
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), str(script), *map(str, args)],
+                          cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_an_update_of_three_processes_equals_that_of_one(loaded, tiny, tmp_path):
+    """Kept groups that no three ranks can share evenly; groups of two, where the third rank has nothing in any mini-batch."""
+    model, cases = loaded[0], [(dict(nll_coef=0.1, entropy_coef=0.01, micro_tokens=40), 5, 4), (dict(algo="grpo"), 3, 4),
+                               (dict(algo="gspo", kl_coef=0.1), 3, 3), (dict(minibatch_prompts=1), 2, 2)]
+    torch.save([(SGD | settings, make_groups(model, groups, size)) for settings, groups, size in cases], tmp_path / "cases.pt")
+    body = f"""
+import torch
+erc.dist.init_process_group()
+model = erc.load_model({str(tiny.base)!r}, torch.device("cpu"))[0]
+before, out = [p.detach().clone() for p in model.parameters()], []
+for settings, groups in torch.load("cases.pt", weights_only=False):
+    for p, b in zip(model.parameters(), before):
+        p.data.copy_(b)
+    m, _ = erc.update(model, torch.optim.SGD(model.parameters(), lr=0.01), groups, erc.Config(**settings))
+    out.append((torch.cat([p.detach().flatten() for p in model.parameters()]), m))
+torch.save(out, f"rank{{erc.RANK}}.pt")
+sys.exit()
+"""
+    done = torchrun(3, cwd=tmp_path, body=body)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(3)]
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for i, (settings, groups) in enumerate(torch.load(tmp_path / "cases.pt", weights_only=False)):
+        expected, metrics = after_update(model, groups, Config(**settings))
+        assert all(torch.equal(ranks[0][i][0], rank[i][0]) for rank in ranks)           # to the bit
+        assert (ranks[0][i][0] - expected).norm() < 1e-5 * (expected - start).norm() + 1e-6
+        for rank in ranks:
+            assert rank[i][1].pop("grad_norms") == pytest.approx(metrics["grad_norms"], rel=1e-4)
+            assert {k: v for k, v in rank[i][1].items() if "seconds" not in k} == pytest.approx(
+                {k: v for k, v in metrics.items() if "seconds" not in k and k != "grad_norms"}, rel=1e-4, abs=1e-5)
+
+
+def test_two_processes_run_the_tiny_preset_and_one_resumes_it(tiny, tmp_path):
+    """The base model is built by rank 0 while the other waits; each prompt is sampled by one of them; only rank 0 speaks and writes."""
+    body = f"""
+def build(path):
+    assert erc.RANK == 0
+    time.sleep(2)
+    shutil.copytree({str(tiny.base)!r}, path)
+def generate(sampler, prompts, *rest, **options):
+    samples = honest(sampler, prompts, *rest, **options)
+    erc.write(erc.Path(f"rank{{erc.RANK}}"), [(s.prompt, s.response, options.get("seed")) for s in samples])
+    return samples
+erc.build_tiny, honest, erc.HFSampler.generate = build, erc.HFSampler.generate, generate
+erc.write = lambda path, x: path.write_text(erc.json.dumps(x))
+"""
+    done = torchrun(2, *SMALL, "--steps", 2, "--out", "two", cwd=tmp_path, body=body)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done: ") == 1 and "on 2 × cpu" in done.stdout
+    a, b = (json.loads((tmp_path / f"rank{r}").read_text()) for r in range(2))
+    prompts, seeds = ([{str(sample[i]) for sample in part} for part in (a, b)] for i in (0, 2))
+    assert len(a) == len(b) == 16 * 4 / 2 and not prompts[0] & prompts[1] and not seeds[0] & seeds[1]
+    steps = records(tmp_path / "two")
+    assert [m["step"] for m in steps] == [1, 2] and all(m["updates"] and m["sampler_gap"] < 1e-4 for m in steps)
+    assert steps[-1]["tokens"] == sum(len(y) for _, y, _ in a + b)
+    done = run("--resume", "--out", "two", "--steps", 3, cwd=tmp_path)      # from there on other samples, but it works
+    assert done.returncode == 0 and [m["step"] for m in records(tmp_path / "two")] == [1, 2, 3], done.stderr
+
+
+@needs_vllm
+def test_two_processes_run_with_vllm(tiny):
+    done = torchrun(2, *SMALL, "--steps", 2, "--sampler", "vllm", "--out", "runs/vllm-two", cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    steps = records(tiny.cwd / "runs/vllm-two")
+    assert len(steps) == 2 and all(m["sampler_gap"] < 1e-4 and m["updates"] > 0 for m in steps)
+
+
+def test_errors_of_one_process_and_of_all(tiny, tmp_path):
+    """What all find is printed once; the error of one is printed by that one, and ends the other, which waits for it."""
+    done = torchrun(2, "--stpes", 3, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("erc: error: ") == 1, done.stderr
+    body = f"""
+def fail(*_): raise erc.UserError("of rank 1")
+erc.update = fail if erc.RANK == 1 else erc.update
+"""
+    started = time.monotonic()
+    done = torchrun(2, *SMALL, "--model", tiny.base, "--data", tiny.base / "train.jsonl", cwd=tmp_path, body=body)
+    assert done.returncode == 1 and done.stderr.count("erc: error: of rank 1\n") == 1 and time.monotonic() - started < 60
+    assert "exitcode  : 2" in done.stderr and "[rank0]" not in done.stderr, done.stderr
+
+
 # -------------------------------------------------------------------------------------------------------- Samplers
 
 PROMPTS = ["12+34=", "7", "99+99=", "5+5+5+5+5="]
@@ -1058,7 +1158,7 @@ def test_what_the_readme_names_exists():
     assert {n for n in named if n.startswith("test_")} <= defined
     table = readme.split("| equation |")[1].split("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", table)) <= defined
-    flags = {"--" + f.name.replace("_", "-") for kind in (Config, erc.EvalConfig) for f in erc.fields(kind)} | {"--no-erc", "--help"}
+    flags = {"--" + f.name.replace("_", "-") for kind in (Config, erc.EvalConfig) for f in erc.fields(kind)} | {"--no-erc", "--help", "--nproc-per-node"}
     flags |= {"--" + name.replace("_", "-") for name in vars(toy_bandit.parse_args([]))}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme)) <= flags
     assert all((ROOT / f).exists() for f in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme))
