@@ -930,7 +930,8 @@ def test_eval_goes_on_after_a_cut_and_refuses_other_settings(tiny):
 
 
 def test_greedy_eval_is_the_figure_in_the_training_log(tiny):
-    _, got = evaluated(tiny, "greedy.json", "--benchmarks", "runs/tiny-base/test.jsonl", "--k", 1, "--temperature", 0, "--sampler", "hf")
+    """Twice the same response to each problem, so each of the two is compared with its own problem's answer."""
+    _, got = evaluated(tiny, "greedy.json", "--benchmarks", "runs/tiny-base/test.jsonl", "--k", 2, "--temperature", 0, "--sampler", "hf")
     assert got["runs/tiny-base/test.jsonl"]["accuracy"] == records(tiny.out)[-1]["accuracy"]
 
 
