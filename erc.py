@@ -1129,10 +1129,11 @@ def load_runs(paths):
         own = {k: None for k, eps in zip(("eps_low", "eps_high"), EPS[cfg["algo"]]) if cfg[k] == eps}
         runs.append((default | cfg | own, lines, path))
     differ = {k for k in default if len({cfg[k] for cfg, *_ in runs}) > 1}
-    differ -= {"algo", "erc", "out", "resume", "preset", "eval_every", "save_every"}    # named, or no matter
+    differ -= {"out", "resume", "preset", "eval_every", "save_every"}
+    if differ != {"seed"}:
+        differ -= {"seed", "algo", "erc"}                                   # the label names the method anyway
     for cfg, lines, path in runs:
-        shown = [f"{k} {cfg[k]}" for k in default
-                 if k in (differ - {"seed"} or differ) and (cfg[k] != default[k] or k == "seed")]
+        shown = [f"{k} {cfg[k]}" for k in default if k in differ and (k == "seed" or cfg[k] != default[k])]
         label = " ".join(["ERC-" * cfg["erc"] + cfg["algo"].upper(), *shown])
         labels.setdefault(label, []).append((cfg, lines, path))
     return labels

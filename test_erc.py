@@ -1030,7 +1030,8 @@ def test_eval_goes_on_after_a_cut_and_refuses_other_settings(tiny):
 
 
 def test_greedy_eval_is_the_figure_in_the_training_log(tiny):
-    _, got = evaluated(tiny, "greedy.json", "--benchmarks", "runs/tiny-base/test.jsonl", "--k", 1, "--temperature", 0, "--sampler", "hf")
+    """Twice the same response to each problem, so each of the two is compared with its own problem's answer."""
+    _, got = evaluated(tiny, "greedy.json", "--benchmarks", "runs/tiny-base/test.jsonl", "--k", 2, "--temperature", 0, "--sampler", "hf")
     assert got["runs/tiny-base/test.jsonl"]["accuracy"] == records(tiny.out)[-1]["accuracy"]
 
 
@@ -1090,6 +1091,7 @@ def test_plot_draws_runs_and_prints_their_means(tiny, tmp_path):
     labels = erc.load_runs(runs)
     assert {k: len(v) for k, v in labels.items()} == {"ERC-DAPO": 2, "ERC-DAPO kl_coef 0.1": 1, "GPPO": 1}
     assert set(erc.load_runs(runs[:2])) == {"ERC-DAPO seed 1", "ERC-DAPO seed 2"}  # where nothing else differs
+    assert set(erc.load_runs([runs[0], runs[1], runs[3]])) == {"ERC-DAPO", "GPPO"}
     done = run("plot", *runs, "--out", tmp_path / "none", cwd=tmp_path)      # no tokens.npz yet
     assert done.returncode == 0 and "tokens.png is not drawn" in done.stdout and not (tmp_path / "none/tokens.png").exists(), done.stderr
     done = run("plot", *runs, tiny.out, "--out", tmp_path / "pictures", cwd=tmp_path)
