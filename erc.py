@@ -19,7 +19,7 @@ tokens, N response tokens laid flat, C a chunk of N, D hidden size, V vocabulary
 import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long spinning starves shared cores
 
-import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, sys, time
+import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, sys, time, zipfile
 import multiprocessing as mp
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 
@@ -558,15 +559,22 @@ def autocast(device):
 
 def load_model(path, device):
     """A Hugging Face causal LM -> (model, tokenizer, ids that end a response): fp32 masters, no dropout."""
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
             setattr(config, name, 0.0)                                   # with dropout r ≠ 1 at equal weights
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32,
+                                                           output_loading_info=True)
+        model.to(device)
+    except Exception as e:                                  # a broken directory raises nearly all there are
         raise UserError(f"model {path}: cannot be loaded ({first_line(e)}); check the path, or the network")
+    if lost := sorted(info["missing_keys"]):                # transformers would go on with random ones
+        raise UserError(f"model {path}: {len(lost)} of its tensors are missing, the first is {lost[0]}; get "
+                        "another copy")
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"model {path}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows}; they "
+                        "are not of one model")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"model {path}: its weights hold NaN or infinity; get another copy")
     listed = model.generation_config.eos_token_id
@@ -795,34 +803,56 @@ def append(path, record):
 
 def save_dir(path, *parts, **texts):
     """Save all parts, and texts as NAME.jsonl, into a new directory that then takes the place of `path`."""
+    from safetensors import SafetensorError
     new = path.with_name(path.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(new)
+    try:
+        for part in parts:
+            part.save_pretrained(new)
+    except SafetensorError as e:
+        raise UserError(f"{new}: not written ({first_line(e)}); is the disk full? Then --resume writes it")
     for name, text in texts.items():
         (new / f"{name}.jsonl").write_text(text)
     shutil.rmtree(path, ignore_errors=True)
     new.rename(path)
 
 
-def save(path, **state):
+def save(path, content):
     """One file, written beside the last one, flushed to the disk, renamed over it: always a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".new"), "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path.with_suffix(".new"), path)
+    new = path.with_suffix(".new")
+    try:
+        with open(new, "wb") as f:
+            torch.save(content, f) if isinstance(content, dict) else f.write(content.encode())
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:                # torch turns a full disk into a RuntimeError
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path}: not written, the one before is whole ({first_line(e)}); is the disk full? "
+                        "Then --resume goes on from the last checkpoint")
+    os.replace(new, path)
 
 
-def restore(out, model, optimizer):
+def restore(out, model, optimizer, problems):
     """The last checkpoint into model and optimizer -> (step, cursor, bad); cuts off what was logged later."""
-    state = torch.load(out / "checkpoint/state.pt", map_location=model.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-        lines = path.read_text().split("\n")[:-1]       # the last one may be cut off
-        path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"]))
+    path, logs = out / "checkpoint/state.pt", {}
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load takes flipped bits without a word
+            raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+            lines = path.read_text().split("\n")[:-1]   # the last one may be cut off
+            logs[path] = "".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"])
+    except Exception as e:                              # a damaged file raises nearly all there are
+        raise UserError(f"--resume: {path} is damaged, or the model is another ({first_line(e)}); put back "
+                        f"what the run left, or {model.name_or_path} as it was, or start a run anew")
+    if state["problems"] != problems:
+        raise UserError("--resume: the problems, or the tokenizer, are not those that the run began with; put "
+                        "them back, or start a run anew")
+    for path, text in logs.items():
+        save(path, text)
     return state["step"], state["cursor"], state["bad"]
 
 
@@ -873,22 +903,37 @@ def train(cfg):
     model, tokenizer, optimizer, sampler, verifier, prompts, heldout = setup(cfg)
     out, step, cursor, bad = Path(cfg.out), 0, 0, 0
     out.mkdir(parents=True, exist_ok=True)
+    problems = crc32(repr((prompts, heldout)).encode())
     if cfg.resume:
-        step, cursor, bad = restore(out, model, optimizer)
+        step, cursor, bad = restore(out, model, optimizer, problems)
     else:
         for name in ("metrics.jsonl", "samples.jsonl"):
             (out / name).write_text("")
-    (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    save(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     sampler.load_weights(model)
-    if heldout and step == 0:
+    if heldout and not cfg.resume:
         accuracy = evaluate(cfg, sampler, verifier, tokenizer, heldout)
         append(out / "metrics.jsonl", dict(step=0, accuracy=accuracy))
         print(f"held-out greedy accuracy before training: {accuracy:.3f}")
+    sampling, asked = True, []
+    def checkpoint():
+        save(out / "checkpoint/state.pt", dict(model=model.state_dict(), optimizer=optimizer.state_dict(),
+                                               step=step, cursor=cursor, bad=bad, problems=problems))
+    def interrupt(number, _):
+        asked.append(number)
+        if not sampling and len(asked) == 1:            # weights are between two steps; the loop calls again
+            os.write(2, b"erc: the step ends first, in minutes at most; a second signal drops it\n")
+            return
+        if len(asked) == 1:                             # weights are those after `step`: the samples go
+            checkpoint()
+        raise KeyboardInterrupt(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     print(HEADER, flush=True)
     while step < cfg.steps:
         started = time.perf_counter()
-        groups, shown, cursor, m = rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts)
-        step += 1
+        groups, shown, ahead, m = rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts)
+        sampling, step, cursor = False, step + 1, ahead
         m |= dict(step=step, lr=cfg.lr * min(1.0, step / max(1, cfg.warmup_steps)))
         for g in optimizer.param_groups:
             g["lr"] = m["lr"]
@@ -910,8 +955,10 @@ def train(cfg):
         if bad == 3:
             raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
         if step % cfg.save_every == 0 or step == cfg.steps:
-            save(out / "checkpoint/state.pt", model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 step=step, cursor=cursor, bad=bad)
+            checkpoint()
+        sampling = True
+        if asked:
+            interrupt(asked.pop(), None)
     save_dir(out / "model", model, tokenizer)
     print(f"done: {out}/model (Hugging Face format), {out}/metrics.jsonl, {out}/samples.jsonl")
 
