@@ -335,18 +335,20 @@ class HFSampler:
     @torch.no_grad()
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=0):
         """n samples of each prompt (token ids) -> list[Sample], prompt by prompt. Temperature 0 is greedy."""
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, TopPLogitsWarper
         torch.manual_seed(seed)
-        samples, rows, draw = [], [p for p in prompts for _ in range(n)], dict(do_sample=False)
-        if temperature:
-            draw = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-        config = GenerationConfig(**draw, repetition_penalty=1.0, num_beams=1, max_new_tokens=max_tokens,
-                                  eos_token_id=self.eos, pad_token_id=self.pad)
+        samples, rows = [], [p for p in prompts for _ in range(n)]
+        config = GenerationConfig(do_sample=temperature > 0, temperature=1.0, top_p=1.0, top_k=0, num_beams=1,
+                                  repetition_penalty=1.0, max_new_tokens=max_tokens, eos_token_id=self.eos,
+                                  pad_token_id=self.pad)
         def record(ids_BL, logits_BV):              # called before each token is drawn: the last column of
             if columns:                             # ids was drawn from the logits of the call before
                 columns[-1] = columns[-1].gather(1, ids_BL[:, -1:])
-            columns.append((logits_BV.float() / (temperature or 1.0)).log_softmax(-1))
-            return logits_BV
+            logits_BV = logits_BV.float() / (temperature or 1.0)
+            if top_p < 1:
+                logits_BV = TopPLogitsWarper(top_p)(ids_BL, logits_BV)
+            columns.append(logits_BV.log_softmax(-1))
+            return logits_BV                        # recorded is what is drawn from, nothing comes after
         # Unset fields would come from the checkpoint's generation_config.json; checkpointing forbids a cache.
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()

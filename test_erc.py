@@ -4,11 +4,14 @@ import copy
 import doctest
 import json
 import math
+import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -879,6 +882,88 @@ def test_interrupt_keeps_the_checkpoint(tiny):
         _, said = process.communicate(timeout=60)
         assert process.returncode == status and "interrupted; --resume goes on" in said
         assert torch.load(out / "checkpoint/state.pt", weights_only=True)["step"] >= 1
+
+
+# ---------------------------------------------------------------------------------------------------------- Drills
+
+SMALL = ["--preset", "tiny", "--sampler", "hf", "--prompts-per-step", 16, "--group-size", 4, "--minibatch-prompts", 8, "--eval-every", 3]
+
+
+def small(tiny):
+    """Flags of a run whose steps take 0.3 s, in absolute paths."""
+    for name, n in ("train", 64), ("test", 16):
+        write(tiny.cwd / f"small-{name}.jsonl", "".join((tiny.base / f"{name}.jsonl").read_text().splitlines(True)[:n]))
+    return [*SMALL, "--model", tiny.base, "--data", tiny.cwd / "small-train.jsonl", "--eval-data", tiny.cwd / "small-test.jsonl"]
+
+
+def alone(function, *args):
+    """Calls a function of this file in a process of its own, one that may fork: it has no threads yet."""
+    code = f"import test_erc; test_erc.{function.__name__}(*{[str(a) for a in args]!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def life(args, log, patch=lambda: None):
+    """Forks a process that runs python erc.py ARGS -> its id. So 30 runs pay for the imports once."""
+    pid = os.fork()
+    if pid == 0:
+        for fd in 1, 2:
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
+        status = 1
+        try:
+            patch()
+            status = erc.main(args)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    return pid
+
+
+def status_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer and position bit for bit; metrics but for the times; samples."""
+    x, y = (torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (a, b))
+    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
+    assert all(torch.equal(u, v) for i in x["optimizer"]["state"] for u, v in zip(x["optimizer"]["state"][i].values(),
+                                                                                 y["optimizer"]["state"][i].values()))
+    assert all(x[k] == y[k] for k in ("step", "cursor", "bad"))
+    strip = lambda ms: [{k: v for k, v in m.items() if not k.startswith("seconds")} for m in ms]
+    assert strip(records(a)) == strip(records(b)) and records(a, "samples.jsonl") == records(b, "samples.jsonl")
+
+
+def kill_twenty_times(out, *base):
+    """Every other life ends inside a save, the rest at a random moment; then two more steps, and the same in one go."""
+    import transformers, transformers.models.qwen2.modeling_qwen2, math_verify                  # noqa: what the lives share
+    rng, state, inside = random.Random(1), Path(out, "checkpoint/state.pt"), 0
+    go = lambda to, *more: life([*base, "--save-every", "1", "--out", to, *more], f"{out}.log")
+    for i in range(20):
+        pid, born, saves = go(out, "--steps", "1000", *["--resume"] * state.exists()), time.monotonic(), rng.randint(1, 3)
+        moment, last = born + rng.uniform(0, 8), False
+        while saves if i % 2 else time.monotonic() < moment:
+            new = state.with_suffix(".new").exists()
+            saves, last = saves - (new and not last), new
+            time.sleep(0.0005)
+            assert time.monotonic() < born + 60 and os.waitpid(pid, os.WNOHANG) == (0, 0), Path(f"{out}.log").read_text()
+        time.sleep(rng.uniform(0, 0.01))
+        os.kill(pid, signal.SIGKILL)
+        assert status_of(pid) == -9
+        inside += state.with_suffix(".new").exists()
+    steps = str(torch.load(state, weights_only=True)["step"] + 2)
+    assert status_of(go(out, "--steps", steps, "--resume")) == 0 and status_of(go(f"{out}-whole", "--steps", steps)) == 0
+    print(inside, steps)
+
+
+def test_drill_twenty_kills(tiny):
+    """kill -9 at random moments, at least five of them inside a save: the run ends in the weights and records of a whole one."""
+    out = tiny.cwd / "runs/killed"
+    inside, steps = map(int, alone(kill_twenty_times, out, *small(tiny)).split())
+    assert inside >= 5 and steps >= 10
+    assert_same_run(out, tiny.cwd / "runs/killed-whole")
 
 
 # ---------------------------------------------------------------------------------------------------- toy_bandit.py
