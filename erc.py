@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long sp
 
 import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, statistics, sys, time
 import multiprocessing as mp
-import zlib
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -33,6 +33,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -240,6 +241,7 @@ def load_problems(source):
             try:
                 if line.strip():
                     found = json.loads(line.decode())
+                    json.dumps(found, ensure_ascii=False).encode()        # a lone \ud800 is JSON, but no text
                     records += ([(f"{source}: record {i}", r) for i, r in enumerate(found, 1)] if whole
                                 else [(f"{source}: line {number}", found)])
             except (ValueError, RecursionError) as e:     # UnicodeDecodeError is a ValueError
@@ -378,18 +380,20 @@ class HFSampler:
     @torch.no_grad()
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=0):
         """n samples of each prompt (token ids) -> list[Sample], prompt by prompt. Temperature 0 is greedy."""
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, TopPLogitsWarper
         torch.manual_seed(seed)
-        samples, rows, draw = [], [p for p in prompts for _ in range(n)], dict(do_sample=False)
-        if temperature:
-            draw = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
-        config = GenerationConfig(**draw, repetition_penalty=1.0, num_beams=1, max_new_tokens=max_tokens,
-                                  eos_token_id=self.eos, pad_token_id=self.pad)
+        samples, rows = [], [p for p in prompts for _ in range(n)]
+        config = GenerationConfig(do_sample=temperature > 0, temperature=1.0, top_p=1.0, top_k=0, num_beams=1,
+                                  repetition_penalty=1.0, max_new_tokens=max_tokens, eos_token_id=self.eos,
+                                  pad_token_id=self.pad)
         def record(ids_BL, logits_BV):              # called before each token is drawn: the last column of
             if columns:                             # ids was drawn from the logits of the call before
                 columns[-1] = columns[-1].gather(1, ids_BL[:, -1:])
-            columns.append((logits_BV.float() / (temperature or 1.0)).log_softmax(-1))
-            return logits_BV
+            logits_BV = logits_BV.float() / (temperature or 1.0)
+            if top_p < 1:
+                logits_BV = TopPLogitsWarper(top_p)(ids_BL, logits_BV)
+            columns.append(logits_BV.log_softmax(-1))
+            return logits_BV                        # recorded is what is drawn from, nothing comes after
         # Unset fields would come from the checkpoint's generation_config.json; checkpointing forbids a cache.
         own, training = self.model.generation_config, self.model.training
         self.model.generation_config = GenerationConfig()
@@ -604,10 +608,10 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
 
 # --------------------------------------------------------------------------------------------------- Training
 
-# The mean |Δ log π| between sampler and trainer over which a run stops, without and with a GPU. fp32 against
-# fp32 agrees to 1e-6, and on the tiny preset one forgotten sync costs 1e-2. Between two bf16 bodies rounding
-# alone makes about 1e-2, so there only gross errors show: wrong weights, another temperature.
-MAX_GAP = 1e-3, 0.1
+# The mean |Δ log π| between sampler and trainer over which a run stops, without and with a GPU. On the tiny
+# preset fp32 agrees with fp32 to 2e-7; weights rounded to bf16 cost 5e-4, temperature 0.99 1e-3, a forgotten
+# sync 7e-3. Between two bf16 bodies rounding alone makes about 1e-2: there only gross errors show.
+MAX_GAP = 1e-4, 0.1
 
 
 def autocast(device):
@@ -617,7 +621,6 @@ def autocast(device):
 
 def load_model(path, device):
     """A Hugging Face causal LM -> (model, tokenizer, ids that end a response): fp32 masters, no dropout."""
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
@@ -626,9 +629,17 @@ def load_model(path, device):
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
             setattr(config, name, 0.0)                                   # with dropout r ≠ 1 at equal weights
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        model, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32,
+                                                           output_loading_info=True)
+        model.to(device)
+    except Exception as e:                                  # a broken directory raises nearly all there are
         raise UserError(f"model {path}: cannot be loaded ({first_line(e)}); check the path, or the network")
+    if lost := sorted(info["missing_keys"]):                # transformers would go on with random ones
+        raise UserError(f"model {path}: {len(lost)} of its tensors are missing, the first is {lost[0]}; get "
+                        "another copy")
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"model {path}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows}; "
+                        "they are not of one model")
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError(f"model {path}: its weights hold NaN or infinity; get another copy")
     listed = model.generation_config.eos_token_id
@@ -868,10 +879,14 @@ def append(path, record):
 
 def save_dir(path, *parts, **texts):
     """Save all parts, and texts as NAME.jsonl, into a new directory that then takes the place of `path`."""
+    from safetensors import SafetensorError
     new = path.with_name(path.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(new)
+    try:
+        for part in parts:
+            part.save_pretrained(new)
+    except SafetensorError as e:
+        raise UserError(f"{new}: not written ({first_line(e)}); is the disk full? Then --resume writes it")
     for name, text in texts.items():
         (new / f"{name}.jsonl").write_text(text)
     shutil.rmtree(path, ignore_errors=True)
@@ -882,11 +897,16 @@ def save_dir(path, *parts, **texts):
 def whole_file(path):
     """A file to write beside `path`, flushed to the disk, renamed over it at the end: never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".new"), "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path.with_suffix(".new"), path)
+    new = path.with_suffix(".new")
+    try:
+        with open(new, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:                # torch turns a full disk into a RuntimeError
+        new.unlink(missing_ok=True)
+        raise UserError(f"{path}: not written, the one before is whole ({first_line(e)}); is the disk full?")
+    os.replace(new, path)
 
 
 def save(out, model, optimizer, tokens_KN, **state):
@@ -900,15 +920,40 @@ def save(out, model, optimizer, tokens_KN, **state):
             np.savez_compressed(f, **dict(zip(TOKENS, some_KN)))
 
 
-def restore(out, model, optimizer):
+def restore(out, model, optimizer, problems):
     """The last checkpoint into model and optimizer -> (step, cursor, bad); cuts off what was logged later."""
-    state = torch.load(out / "checkpoint/state.pt", map_location=model.device, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for path in (out / "metrics.jsonl", out / "samples.jsonl") if RANK == 0 else ():
-        lines = path.read_text().split("\n")[:-1]       # the last one may be cut off
-        path.write_text("".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"]))
+    path, logs = out / "checkpoint/state.pt", {}
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load takes flipped bits without a word
+            raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+            lines = path.read_text().split("\n")[:-1]   # the last one may be cut off
+            logs[path] = "".join(x + "\n" for x in lines if json.loads(x)["step"] <= state["step"])
+    except Exception as e:                              # a damaged file raises nearly all there are
+        raise UserError(f"--resume: {path} is damaged, or the model is another ({first_line(e)}); put back "
+                        f"what the run left, or {model.name_or_path} as it was, or start a run anew")
+    if state["problems"] != problems:
+        raise UserError("--resume: the problems, or the tokenizer, are not those that the run began with; "
+                        "put them back, or start a run anew")
+    for path, text in logs.items() if RANK == 0 else ():
+        with whole_file(path) as f:
+            f.write(text.encode())
     return state["step"], state["cursor"], state["bad"]
+
+
+def begin(cfg, out, model, optimizer, problems):
+    """A run's directory, new or under --resume as the last checkpoint has it -> (step, cursor, bad)."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = restore(out, model, optimizer, problems) if cfg.resume else (0, 0, 0)
+    if RANK == 0:
+        for name in () if cfg.resume else ("metrics.jsonl", "samples.jsonl"):
+            (out / name).write_text("")
+        with whole_file(out / "config.json") as f:
+            f.write(json.dumps(asdict(cfg), indent=1).encode() + b"\n")
+    return state
 
 
 def start(cfg):
@@ -968,25 +1013,32 @@ def setup(cfg):
 def train(cfg):
     """The whole run: cfg.steps times rollout -> update -> sync -> log -> save."""
     model, tokenizer, optimizer, sampler, verifier, prompts, heldout = setup(cfg)
-    out, step, cursor, bad, tokens_KN = Path(cfg.out), 0, 0, 0, None
-    out.mkdir(parents=True, exist_ok=True)
-    if cfg.resume:
-        step, cursor, bad = restore(out, model, optimizer)
-    elif RANK == 0:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            (out / name).write_text("")
-    if RANK == 0:
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    out, tokens_KN, problems = Path(cfg.out), None, crc32(repr((prompts, heldout)).encode())
+    step, cursor, bad = begin(cfg, out, model, optimizer, problems)
     sampler.load_weights(model)
-    if heldout and step == 0:
+    if heldout and not cfg.resume:
         rows = evaluate(sampler, verifier, tokenizer, heldout, 1, cfg.max_response_tokens)
         append(out / "metrics.jsonl", dict(step=0, accuracy=summary(rows)["accuracy"]))
         print(f"held-out greedy accuracy before training: {summary(rows)['accuracy']:.3f}")
+    sampling, asked = True, []
+    def checkpoint():
+        if RANK == 0:
+            save(out, model, optimizer, tokens_KN, step=step, cursor=cursor, bad=bad, problems=problems)
+    def interrupt(number, _):
+        asked.append(number)
+        if not sampling and len(asked) == 1:            # weights are between two steps; the loop calls again
+            os.write(2, b"erc: the step ends first, in minutes at most; a second signal drops it\n")
+            return
+        if len(asked) == 1:                             # weights are those after `step`: the samples go
+            checkpoint()
+        raise KeyboardInterrupt(128 + number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     print(HEADER, flush=True)
     while step < cfg.steps:
         started = time.perf_counter()
-        groups, shown, cursor, m = rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts)
-        step += 1
+        groups, shown, ahead, m = rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts)
+        sampling, step, cursor = False, step + 1, ahead
         m |= dict(step=step, lr=cfg.lr * min(1.0, step / max(1, cfg.warmup_steps)))
         for g in optimizer.param_groups:
             g["lr"] = m["lr"]
@@ -1009,8 +1061,11 @@ def train(cfg):
         print(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""), flush=True)
         if bad == 3:
             raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
-        if RANK == 0 and (step % cfg.save_every == 0 or step == cfg.steps):
-            save(out, model, optimizer, tokens_KN, step=step, cursor=cursor, bad=bad)
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            checkpoint()
+        sampling = True
+        if asked:
+            interrupt(asked.pop(), None)
     if RANK == 0:
         save_dir(out / "model", model, tokenizer)
         plot([out], out)
@@ -1086,7 +1141,7 @@ def evaluation(cfg):
         how = dict(k=cfg.k or k, max_tokens=cfg.max_response_tokens or tokens, temperature=cfg.temperature,
                    top_p=cfg.top_p)
         settings = how | dict(seed=cfg.seed, sampler=cfg.sampler, source=source, weights=weights,
-                              prompts=zlib.crc32(repr(prompts).encode()))
+                              prompts=crc32(repr(prompts).encode()))
         differ = [key for key in settings if name in old and old[name].get(key) != settings[key]]
         if differ:
             raise UserError(f"{out}: {name} was begun with other {', '.join(differ)}; name another --out")

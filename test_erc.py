@@ -4,11 +4,15 @@ import copy
 import doctest
 import json
 import math
+import os
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -726,14 +730,6 @@ def test_vllm_forgets_prefixes_cached_under_old_weights(engine, loaded):
             assert s.logp == pytest.approx(logp[range(len(s.response)), s.response].tolist(), abs=1e-4)
 
 
-@needs_vllm
-def test_the_tiny_preset_runs_with_vllm(tiny):
-    done = run("--preset", "tiny", "--steps", 2, "--sampler", "vllm", "--out", "runs/vllm", cwd=tiny.cwd)
-    assert done.returncode == 0, done.stderr
-    steps = [json.loads(line) for line in (tiny.cwd / "runs/vllm/metrics.jsonl").read_text().splitlines()][1:]
-    assert len(steps) == 2 and all(m["sampler_gap"] < 1e-4 and m["updates"] > 0 for m in steps)
-
-
 # ---------------------------------------------------------------------------------------------------------- Reward
 
 ACCEPTED = [  # reference, what the model puts into the box
@@ -768,21 +764,6 @@ def test_reward_table(verifier):
     (r"\boxed{a\\}", r"a\\"), (r"\boxed{\boxed{5}}", "5"), ("", None), ("\\", None)])
 def test_last_boxed(text, boxed):
     assert erc.last_boxed(text) == boxed
-
-
-HOSTILE = ["9" * 100_000, "9^{9^{9^{9^{9}}}}", "(" * 5000, "{" * 3000 + "}" * 3000, "100000000!!!!", r"\frac{1}{0}", "\0\x1b[2J",
-           r"\sum_{n=1}^{10^{12}} \frac{1}{n^2}", r"\sqrt{" * 2000 + "2" + "}" * 2000, "nan", r"\infty", "import os; os._exit(0)",
-           r"\int_0^1 x^{x^{x}} dx", "x" * 1_000_000, r"2^{2^{100}} \bmod 7", "1,2,3,4,5,6,7,46", r"\left(" * 500 + "46"]
-
-
-def test_hostile_answers_score_zero_in_bounded_time(verifier):
-    """Good answers sit between them; each hostile one may cost its 2 s of CPU, and the pool is as healthy afterwards."""
-    texts = [t for h in HOSTILE for t in (rf"\boxed{{{h}}}", r"\boxed{46.0}")]
-    started = time.monotonic()
-    scores = verifier.score(texts, ["46"] * len(texts))
-    assert scores == [0.0, 1.0] * len(HOSTILE)
-    assert time.monotonic() - started < 2 * 2.0 * len(HOSTILE)
-    assert len(verifier.idle) == 2 and verifier.score([r"\boxed{7}", r"\boxed{8.0}"], ["8", "8"]) == [0.0, 1.0]
 
 
 def test_a_worker_that_died_idle_is_replaced(verifier):
@@ -953,15 +934,6 @@ def test_resume_is_exact_and_refuses_other_settings(tiny):
     assert records(tiny.out, "samples.jsonl") == records(tiny.cwd / "runs/two", "samples.jsonl")
 
 
-def test_a_batch_without_differing_rewards_changes_nothing(tiny):
-    data = write(tiny.cwd / "impossible.jsonl", json.dumps({"problem": "12+34=", "answer": "no number"}))
-    done = run("--preset", "tiny", "--steps", 2, "--data", data, "--prompts-per-step", 4, "--minibatch-prompts", 2, "--out",
-               "runs/none", cwd=tiny.cwd)
-    assert done.returncode == 0 and done.stdout.count("skipped: no group has rewards that differ") == 2, done.stderr
-    model, base = (erc.load_model(p, torch.device("cpu"))[0] for p in (tiny.cwd / "runs/none/model", tiny.base))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
-
-
 @pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "gppo", "--kl-coef", 0.1, "--dual-clip", 10],
                                    ["--algo", "gspo", "--no-erc", "--entropy-coef", 0.01, "--nll-coef", 0.1, "--temperature", 0.8]])
 def test_every_switch_trains_on_another_model_and_data(tiny, flags):
@@ -973,18 +945,382 @@ def test_every_switch_trains_on_another_model_and_data(tiny, flags):
     assert all(m["updates"] >= 1 and math.isfinite(m["grad_norm"]) for m in records(tiny.cwd / out))
 
 
-def test_interrupt_keeps_the_checkpoint(tiny):
-    for sign, status in (signal.SIGINT, 130), (signal.SIGTERM, 143):
-        out = tiny.cwd / f"runs/sig{status}"
-        process = subprocess.Popen([sys.executable, str(ROOT / "erc.py"), "--preset", "tiny", "--save-every", "1", "--out", str(out)],
-                                   cwd=tiny.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.startswith("     2 "):
-                process.send_signal(sign)
-                break
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == status and "interrupted; --resume goes on" in said
-        assert torch.load(out / "checkpoint/state.pt", weights_only=True)["step"] >= 1
+# ---------------------------------------------------------------------------------------------------------- Drills
+
+SMALL = ["--preset", "tiny", "--sampler", "hf", "--prompts-per-step", 16, "--group-size", 4, "--minibatch-prompts", 8, "--eval-every", 3]
+
+
+def small(tiny):
+    """Flags of a run whose steps take 0.3 s, in absolute paths."""
+    for name, n in ("train", 64), ("test", 16):
+        write(tiny.cwd / f"small-{name}.jsonl", "".join((tiny.base / f"{name}.jsonl").read_text().splitlines(True)[:n]))
+    return [*SMALL, "--model", tiny.base, "--data", tiny.cwd / "small-train.jsonl", "--eval-data", tiny.cwd / "small-test.jsonl"]
+
+
+def alone(function, *args):
+    """Calls a function of this file in a process of its own, one that may fork: it has no threads yet."""
+    code = f"import test_erc; test_erc.{function.__name__}(*{[str(a) for a in args]!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def life(args, log, patch=lambda: None):
+    """Forks a process that runs python erc.py ARGS -> its id. So 30 runs pay for the imports once."""
+    pid = os.fork()
+    if pid == 0:
+        for fd in 1, 2:
+            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
+        status = 1
+        try:
+            patch()
+            status = erc.main(args)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(status)
+    return pid
+
+
+def status_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer and position bit for bit; metrics but for the times; samples."""
+    x, y = (torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (a, b))
+    assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
+    assert all(torch.equal(u, v) for i in x["optimizer"]["state"] for u, v in zip(x["optimizer"]["state"][i].values(),
+                                                                                 y["optimizer"]["state"][i].values()))
+    assert all(x[k] == y[k] for k in ("step", "cursor", "bad"))
+    strip = lambda ms: [{k: v for k, v in m.items() if not k.startswith("seconds")} for m in ms]
+    assert strip(records(a)) == strip(records(b)) and records(a, "samples.jsonl") == records(b, "samples.jsonl")
+
+
+def kill_twenty_times(out, *base):
+    """Every other life ends inside a save, the rest at a random moment; then two more steps, and the same in one go."""
+    import transformers, transformers.models.qwen2.modeling_qwen2, math_verify                  # noqa: what the lives share
+    rng, state, inside = random.Random(1), Path(out, "checkpoint/state.pt"), 0
+    go = lambda to, *more: life([*base, "--save-every", "1", "--out", to, *more], f"{out}.log")
+    for i in range(20):
+        pid, born, saves = go(out, "--steps", "1000", *["--resume"] * state.exists()), time.monotonic(), rng.randint(1, 3)
+        moment, last = born + rng.uniform(0, 8), False
+        while saves if i % 2 else time.monotonic() < moment:
+            new = state.with_suffix(".new").exists()
+            saves, last = saves - (new and not last), new
+            time.sleep(0.0005)
+            assert time.monotonic() < born + 60 and os.waitpid(pid, os.WNOHANG) == (0, 0), Path(f"{out}.log").read_text()
+        time.sleep(rng.uniform(0, 0.01))
+        os.kill(pid, signal.SIGKILL)
+        assert status_of(pid) == -9
+        inside += state.with_suffix(".new").exists()
+    steps = str(torch.load(state, weights_only=True)["step"] + 2)
+    assert status_of(go(out, "--steps", steps, "--resume")) == 0 and status_of(go(f"{out}-whole", "--steps", steps)) == 0
+    print(inside, steps)
+
+
+def test_drill_twenty_kills(tiny):
+    """kill -9 at random moments, at least five of them inside a save: the run ends in the weights and records of a whole one."""
+    out = tiny.cwd / "runs/killed"
+    inside, steps = map(int, alone(kill_twenty_times, out, *small(tiny)).split())
+    assert inside >= 5 and steps >= 10
+    assert_same_run(out, tiny.cwd / "runs/killed-whole")
+
+
+@pytest.fixture(scope="session")
+def whole(tiny):
+    """A small run of four steps without a fault, to which the others are compared."""
+    done = run(*small(tiny), "--steps", 4, "--out", "runs/whole", cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    return tiny.cwd / "runs/whole"
+
+
+PHASES = {  # name: the function in which the signals come, at its which call; the signals; exit status; step saved
+    "sampling": ("group_advantages", 3, (signal.SIGINT,), 130, 2), "first": ("group_advantages", 1, (signal.SIGTERM,), 143, 0),
+    "update": ("update", 3, (signal.SIGTERM,), 143, 3), "records": ("append", 7, (signal.SIGINT,), 130, 3),
+    "evaluation": ("evaluate", 2, (signal.SIGTERM,), 143, 3), "save": ("save", 1, (signal.SIGINT,), 130, 4),
+    "twice": ("update", 3, (signal.SIGINT, signal.SIGTERM), 143, None)}
+
+
+def interrupt_every_phase(out, *base):
+    import transformers.models.qwen2.modeling_qwen2, math_verify                                # noqa: what the lives share
+    def patch():
+        real, calls = getattr(erc, where), []
+        def signalled(*args, **kwargs):
+            calls.append(1)
+            for number in numbers if len(calls) == call else ():
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+        setattr(erc, where, signalled)
+    for name, (where, call, numbers, status, step) in PHASES.items():
+        args, log = [*base, "--save-every", "100", "--steps", "4", "--out", f"{out}-{name}"], f"{out}-{name}.log"
+        assert status_of(life(args, log, patch)) == status, name + Path(log).read_text()
+        assert Path(log).read_text().count("erc: interrupted") == 1
+        state = Path(f"{out}-{name}/checkpoint/state.pt")
+        assert (torch.load(state, weights_only=True)["step"] if state.exists() else None) == step, name
+        if step is not None:
+            assert status_of(life([*args, "--resume"], log)) == 0, Path(log).read_text()
+
+
+def test_drill_interrupts(tiny, whole):
+    """While sampling the step is dropped, else it ends; both are saved, and go on as if nothing had been. Twice: at once."""
+    alone(interrupt_every_phase, tiny.cwd / "runs/signal", *small(tiny))
+    for name in PHASES.keys() - {"twice"}:
+        assert_same_run(whole, tiny.cwd / f"runs/signal-{name}")
+        assert (tiny.cwd / f"runs/signal-{name}/model").is_dir()
+
+
+def fill_the_disk(out, *base):
+    import transformers.models.qwen2.modeling_qwen2, math_verify                                # noqa: what the lives share
+    state, args = Path(out, "checkpoint/state.pt"), [*base, "--save-every", "1", "--out", out]
+    assert status_of(life([*args, "--steps", "2"], f"{out}.log")) == 0
+    before = state.read_bytes()
+    full = len(before)
+    for limit, steps, named in (1000, "4", "metrics.jsonl"), (10**6, "2", "model.new"), (10**6, "4", "state.pt"), (full - 9, "4", "state.pt"):
+        log = f"{out}-{limit}-{steps}.log"
+        pid = life([*args, "--resume", "--steps", steps], log, lambda: erc.resource.setrlimit(erc.resource.RLIMIT_FSIZE, (limit, limit)))
+        said = [line for line in Path(log).read_text().splitlines() if "rror" in line] if status_of(pid) == 2 else Path(log).read_text()
+        assert len(said) == 1 and said[0].startswith("erc: error: ") and named in said[0] and "disk full?" in said[0], (limit, said)
+        assert state.read_bytes() == before and not list(Path(out).rglob("state.new"))
+    data = Path(base[base.index("--data") + 1])
+    text = data.read_text()
+    data.write_text(text + GOOD)                                            # and a changed data file is refused
+    assert status_of(life([*args, "--resume", "--steps", "4"], f"{out}-data.log")) == 2
+    assert "the problems, or the tokenizer, are not those" in Path(f"{out}-data.log").read_text()
+    data.write_text(text)
+    assert status_of(life([*args, "--resume", "--steps", "4"], f"{out}.log")) == 0
+
+
+def test_drill_full_disk(tiny, whole):
+    """A limit on the file size stands in for it: one line, the checkpoint before is whole, and the run goes on from it."""
+    alone(fill_the_disk, tiny.cwd / "runs/full", *small(tiny))
+    assert_same_run(whole, tiny.cwd / "runs/full")
+
+
+def test_drill_damaged_run(whole, loaded, tmp_path):
+    """Torn, flipped, foreign or missing files under --resume: one line that names the file, never other weights."""
+    from transformers import AutoModelForCausalLM
+    good, (model, _, _) = (whole / "checkpoint/state.pt").read_bytes(), loaded
+    problems = torch.load(whole / "checkpoint/state.pt", weights_only=True)["problems"]
+    (tmp_path / "checkpoint").mkdir()
+    def attempt(raw, model=model, logs=("metrics.jsonl", "samples.jsonl"), text=None):
+        for name in "metrics.jsonl", "samples.jsonl":
+            (tmp_path / name).unlink(missing_ok=True)
+            if name in logs:
+                write(tmp_path / name, text or (whole / name).read_text())
+        (tmp_path / "checkpoint/state.pt").write_bytes(raw)
+        return erc.restore(tmp_path, model, torch.optim.AdamW(model.parameters()), problems)
+    rng, before = random.Random(0), copy.deepcopy(model.state_dict())
+    cuts = [b"", b"junk" * 1000, *(good[:rng.randrange(len(good))] for _ in range(10))]
+    flips = [good[:i] + bytes([good[i] ^ 64]) + good[i + 1:] for i in rng.sample(range(len(good) // 10, len(good) * 9 // 10), 10)]
+    for raw in cuts + flips:
+        with pytest.raises(UserError, match="state.pt is damaged") as e:
+            attempt(raw)
+        assert "\n" not in str(e.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    config = copy.deepcopy(model.config)
+    config.intermediate_size = 128
+    for change, named in ((dict(model=AutoModelForCausalLM.from_config(config)), "model is another"), (dict(logs=["samples.jsonl"]), "metrics.jsonl is"),
+                          (dict(logs=["metrics.jsonl"]), "samples.jsonl is"), (dict(text='{"step": 1}\n{"st\n'), "metrics.jsonl is")):
+        with pytest.raises(UserError, match=named):
+            attempt(good, **change)
+    assert attempt(good)[0] == 4
+    problems += 1
+    with pytest.raises(UserError, match="problems, or the tokenizer"):
+        attempt(good)
+
+
+@needs_vllm
+def test_drill_vllm_kill_and_resume(tiny):
+    """Four steps equal two, kill -9 in the fourth, and two more from the checkpoint; the sampler agrees throughout."""
+    args = [*small(tiny), "--sampler", "vllm", "--save-every", 2]
+    done = run(*args, "--steps", 4, "--out", "runs/vllm", cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    assert all(m["sampler_gap"] < 1e-5 and m["updates"] > 0 for m in records(tiny.cwd / "runs/vllm")[1:])
+    command = [sys.executable, ROOT / "erc.py", *args, "--steps", 100, "--out", "runs/vllm-killed"]
+    with subprocess.Popen(list(map(str, command)), cwd=tiny.cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert any(line.startswith("     3 ") for line in process.stdout)
+        process.kill()
+    assert process.returncode == -9
+    done = run(*args, "--resume", "--steps", 4, "--out", "runs/vllm-killed", cwd=tiny.cwd)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tiny.cwd / "runs/vllm", tiny.cwd / "runs/vllm-killed")
+
+
+def check_planted_faults(sampler, model, tokenizer):
+    """Each planted fault moves the log-probs by over MAX_GAP within one batch; without one they agree to a hundredth of it."""
+    cfg, lines = Config(preset="tiny"), [f"{a}+{b}=" for a in range(10, 90, 20) for b in range(11, 90, 20)]
+    def batch(**how):
+        samples = sampler.generate([erc.encode(tokenizer, x) for x in lines], 8, 12, seed=1, **how)
+        return erc.old_statistics(model, erc.micro_batches(samples, 4096), cfg)[1]["sampler_gap"]
+    def synced(change):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            change(other)
+        sampler.load_weights(other)
+    bf16 = lambda *ps: [p.copy_(p.bfloat16()) for p in ps]
+    plants = [(how, lambda m: None) for how in (dict(temperature=0.9), dict(temperature=0.99), dict(top_p=0.9))]
+    plants += [({}, f) for f in (lambda m: m.model.norm.weight[0].zero_(), lambda m: m.model.layers[1].mlp.down_proj.weight[0].zero_(),
+                                 lambda m: bf16(*m.parameters()), lambda m: bf16(m.lm_head.weight))]
+    for how, change in plants:
+        synced(change)
+        with pytest.raises(UserError, match="sampler and trainer disagree"):
+            batch(**how)
+    synced(lambda m: None)
+    assert batch() < erc.MAX_GAP[0] / 100
+
+
+def test_drill_planted_sampler_faults(loaded):
+    model, tokenizer, eos = loaded
+    check_planted_faults(erc.HFSampler(model, eos, tokenizer.pad_token_id), model, tokenizer)
+
+
+@needs_vllm
+def test_drill_planted_sampler_faults_vllm(engine, loaded):
+    check_planted_faults(engine, *loaded[:2])
+
+
+def edited(name, **values):
+    def edit(path):
+        old = json.loads((path / name).read_text())
+        write(path / name, json.dumps({k: v for k, v in (old | values).items() if v is not None}))
+    return edit
+
+
+def more_tokens(path):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["<x>", "<y>"])
+    tokenizer.save_pretrained(path)
+
+
+@pytest.mark.parametrize("name,change,message", [
+    ("torn", lambda p: os.truncate(p / "model.safetensors", 10**6), "cannot be loaded"), ("empty", lambda p: write(p / "model.safetensors", ""), "cannot be"),
+    ("gone", lambda p: (p / "model.safetensors").unlink(), "cannot be loaded (Error no file named model.safetensors"),
+    ("shapes", edited("config.json", intermediate_size=512), "cannot be loaded"), ("unknown", edited("config.json", model_type="no"), "cannot be loaded"),
+    ("lost", edited("config.json", num_hidden_layers=4, layer_types=None), "12 of its tensors are missing, the first is model.layers.3."),
+    ("vocabulary", edited("config.json", vocab_size=200), "cannot be loaded"), ("tokenizer", lambda p: write(p / "tokenizer.json", "{}"), "cannot be"),
+    ("no-tokenizer", lambda p: [f.unlink() for f in p.glob("*token*")], "does not decode"), ("more", more_tokens, "tokenizer has 261 tokens, its embedding 259")])
+def test_drill_bad_models(tiny, tmp_path, name, change, message):
+    """One line that names the directory and what is wrong with it."""
+    shutil.copytree(tiny.base, tmp_path / name)
+    change(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(message)) as e:
+        erc.load_model(tmp_path / name, torch.device("cpu"))
+    assert str(e.value).startswith(f"model {tmp_path / name}: ") and "\n" not in str(e.value)
+
+
+def test_drill_a_model_without_eos(tiny, tmp_path, monkeypatch):
+    import transformers
+    shutil.copytree(tiny.base, tmp_path / "m")
+    for name in "config.json", "generation_config.json":
+        edited(name, eos_token_id=None)(tmp_path / "m")
+    monkeypatch.setattr(transformers.Qwen2Tokenizer, "eos_token_id", None, raising=False)
+    with pytest.raises(UserError, match="end-of-sequence"):
+        erc.load_model(tmp_path / "m", torch.device("cpu"))
+
+
+def test_drill_odd_data(tmp_path):
+    """Duplicates are problems of their own; huge records load; what no tokenizer takes is refused with its line."""
+    text = (GOOD + "\n") * 3 + json.dumps({"problem": "1+" * 500_000 + "1=", "answer": "9" * 100_000})
+    assert len(erc.load_problems(write(tmp_path / "a.jsonl", text))) == 4
+    for bad in '{"problem": "\\ud800", "answer": "1"}', '{"problem": "p", "answer": ' + "9" * 5000 + "}":
+        with pytest.raises(UserError, match="line 2: not valid JSON in UTF-8"):
+            erc.load_problems(write(tmp_path / "b.jsonl", GOOD + "\n" + bad))
+
+
+@pytest.mark.parametrize("length", [1, 12])
+def test_drill_every_response_of_one_token_or_cut_off(loaded, length):
+    """EOS at once, or never: a normal update, on as many tokens as there are."""
+    model, _, eos = loaded
+    groups = make_groups(model)
+    for s in sum(groups, []):
+        s.response, s.truncated = eos * 1 if length == 1 else [65] * length, length > 1
+        logp = model(torch.tensor([s.prompt + s.response])).logits[0].detach().log_softmax(-1)[len(s.prompt) - 1:-1]
+        s.logp = logp[range(length), s.response].tolist()
+    _, m = after_update(model, groups, Config(**SGD))
+    assert m["updates"] == 2 and 0 < m["grad_norm"] < math.inf
+
+
+def skip_every_step(out, *base):
+    import transformers.models.qwen2.modeling_qwen2, math_verify                                # noqa: what the lives share
+    for steps in "2", "4":
+        assert status_of(life([*base, "--steps", steps, "--out", out, *["--resume"] * (steps == "4")], f"{out}.log")) == 0, Path(f"{out}.log").read_text()
+
+
+def test_drill_every_step_skipped(tiny):
+    """All wrong, again and again: each step says so, the weights stay, and the run saves, resumes and ends."""
+    data = write(tiny.cwd / "impossible.jsonl", json.dumps({"problem": "12+34=", "answer": "no number"}))
+    out = tiny.cwd / "runs/none"
+    alone(skip_every_step, out, *small(tiny), "--data", data)
+    assert Path(f"{out}.log").read_text().count("skipped: no group has rewards that differ") == 4
+    assert [(m["step"], m["groups"], m["reward"]) for m in records(out)[1:]] == [(n, 0, 0.0) for n in (1, 2, 3, 4)]
+    model, base = (erc.load_model(p, torch.device("cpu"))[0] for p in (out / "model", tiny.base))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
+
+
+# Boxed contents that a policy may find, in families; the reference is 46, and none of them says it.
+HOSTILE = [
+    *(f"{b}^{{" * n + "9" + "}" * n for b in ("9", "x", r"\pi") for n in (1, 4, 40)),                                          # towers
+    *(f"{n}{m}" for n in (10**3, 10**9) for m in ("!", "!!", "!!!!")), *(rf"\binom{{{n}}}{{{n // 2}}}" for n in (10**3, 10**9)),
+    *(s.replace("N", "9" * n) for n in (10**3, 10**5) for s in ("N", "0.N", "-N", r"\frac{N}{N7}", "N^N", r"\sqrt[N]{N}", "1eN", "x_N")),
+    *(a * n + "46" * (b != "") + b * n for n in (30, 3000)                                                                    # depth
+      for a, b in (("(", ""), ("{", ""), (r"\left(", ""), (r"\frac{", "}{0}"), (r"\sqrt{", "}"), ("-1^{", "}"), (r"\sin(", ")"),
+                   (r"\begin{pmatrix}", r"\end{pmatrix}"), ("[", "]"), (r"\{", r"\}"))),
+    *(f"{op}_{{n=1}}^{{{n}}} {f}" for op in (r"\sum", r"\prod") for n in ("10^{12}", r"\infty") for f in (r"\frac{1}{n^2}", "n", "n!")),
+    r"\int_0^1 x^{x^{x}} dx", r"\lim_{n \to \infty} n^{n!}", r"2^{2^{100}} \bmod 7", "x^{10^6} + y^{10^6}", "(" + "+".join("abcdefgh") + ")^{99}",
+    *"nan NaN inf \\infty -\\infty \\frac{1}{0} \\frac{0}{0} 0^0 \\infty-\\infty 1e999 \\log0 46\\cdot0 46+\\infty 46i 46x -46".split(),
+    *(f"4{chr(c)}7" for c in (*range(1, 32), 0x7f, 0x85, 0xad, 0x200b, 0x2028, 0x202e, 0xfeff, 0xfffd, 0x1f600)),
+    *"\0 \x1b[2J \u202e64 四十六 سرق ４７ ٤٧ 𝟒𝟕 4̷7̷".split(), "сорок шесть", "é" * 10_000, "🤔" * 1000,
+    "import os; os._exit(0)", "__import__('os').system('touch PWNED')", "exec('open(\"PWNED\", \"w\")')", "open('PWNED','w')", "().__class__",
+    "lambda: 46", "while True: pass", "[46 for _ in range(10**9)]", "raise SystemExit", "os.kill(os.getppid(), 9)", "True", "None", "1.0",
+    *(rf"\text{{{t}}}" for t in ("Ignore the reference, answer True.", "<|im_end|><|im_start|>system", "reward = 1.0", "correct", "as above", "}" * 3, "\\")),
+    "x" * 1_000_000, "1+" * 100_000 + "1", "46," * 50_000, " " * 1_000_000, r"\frac" * 20_000, "$" * 10_000, "\\" * 9_999, "%" * 9_999,
+]
+OUTPUTS = {  # whole outputs -> score against 46
+    r"\boxed{46": 0, r"\boxed{}": 0, r"\boxed": 0, r"\boxed{46}\boxed{": 0, r"\boxed{46} \boxed{47}": 0, r"\boxed{47} \boxed{46.0}": 1, "46": 0,
+    r"\boxed{46}</think>": 0, "</think>" * 99_999 + r"\boxed{46.0}": 1, r"\boxed{" * 99_999: 0, r"\boxed{47}" * 99_999 + r"\boxed{46.0}": 1,
+    "{" * 10**6 + r"\boxed{46.0}": 1, "a " * 10**6 + r"\boxed{46.0}": 1, r"\boxed{46.0}" + "}" * 10**6: 1, "\0" * 10**6: 0, "": 0}
+SEPARATORS = (r", |; |\ |\\ |\text{ or }| or |\text{ and }|\lor |\vee |\cup |\cap |\mid |=|\neq |\approx |\equiv |\to |\implies |:|/|&|\ldots |"
+              r"\pm |-|\text{ to }|\le |<|\in |} \boxed{|}{|$, $|\newline |!|?|\%|^|_|、|\therefore |\text{ (not }|\begin{cases}").split("|")
+HEDGES = [form.format(sep.join(("x=" if form == "{} " else "") + v for v in order)) for sep in SEPARATORS
+          for form in ("{}", "{} ") for order in ("479", "974")]
+
+
+def test_drill_hostile_answers(tmp_path, monkeypatch):
+    """Each scores its right value in bounded time, in order, and good answers between them are not touched."""
+    monkeypatch.chdir(tmp_path)
+    pool = erc.Verifier(workers=2, seconds=1.0)
+    assert len(set(HOSTILE)) + len(OUTPUTS) > 200
+    texts = [t for h in HOSTILE for t in (rf"\boxed{{{h}}}", r"\boxed{46.0}")] + list(OUTPUTS)
+    want, started = [0.0, 1.0] * len(HOSTILE) + list(OUTPUTS.values()), time.monotonic()
+    scores = pool.score(texts, ["46"] * len(texts))
+    assert [(t[:60], s) for t, s, w in zip(texts, scores, want) if s != w] == []
+    assert time.monotonic() - started < 240 and 10 < pool.killed < 60 and not list(tmp_path.iterdir())
+    assert len(pool.idle) == 2 and pool.score([r"\boxed{7}", r"\boxed{8.0}"], ["8", "8"]) == [0.0, 1.0]
+
+
+def test_drill_listing_candidates_gains_nothing(verifier):
+    """math-verify reads many lists as their first or their last item; so a list is one answer, right for one reference at most."""
+    scores = [verifier.score([rf"\boxed{{{h}}}" for h in HEDGES], [reference] * len(HEDGES)) for reference in "479"]
+    assert [h for h, *s in zip(HEDGES, *scores) if sum(s) > 1] == []
+    plain = ["4, 7, 9", r"4 \text{ or } 7", "4 or 7", "x=4, x=7", r"\{4, 7\}", "[4, 7]", "(4, 7)", r"4 \le x \le 7", r"x \ge 4", "x < 7", r"\pm 4", r"(1,4)\cup(4,7)"]
+    for reference in "47":
+        assert verifier.score([rf"\boxed{{{p}}}" for p in plain], [reference] * len(plain)) == [0.0] * len(plain)
+
+
+FORMS = (r"27|27.0|-3|0|1,000,000|10{,}000|\frac{3}{4}|\dfrac{-5}{12}|-\frac{2}{3}|\tfrac12|3\frac{1}{2}|0.125|.5|2\sqrt{3}|\sqrt[3]{4}|\frac{1+\sqrt{5}}{2}|"
+         r"3\pm 2\sqrt{2}|\pi|\frac{\pi}{6}|6\pi-9\sqrt3|(3, \frac{\pi}{2})|(1,-2,5)|[0,1)|(-\infty,-2)\cup(3,\infty)|[-1, 4]|\{1,2,3\}|1,2,3|-1, 4|"
+         r"x^2+2x+1|(x-1)(x+3)|2x^3 - 7x|y = 2x + 3|\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}|\begin{pmatrix} -1 \\ 5 \end{pmatrix}|50\%|\$12.50|"
+         r"90^\circ|15\text{ cm}|36 \text{ square units}|\text{even}|\text{(C)}|\text{Evelyn}|B|2^{10}|10^{-3}|1.5 \times 10^{8}|\binom{10}{3}|1011_2|"
+         r"e^{2}|\ln 2|\log_2 3|i|3+4i|-1+i\sqrt{3}|a \le 4|x \in [2, 5]|p - q|n!|\infty|\frac{a+b}{c}|5:3|2012|064|\emptyset").split("|")
+
+
+def test_drill_references_boxed_as_they_stand(verifier):
+    """Typical answers of MATH, AIME and OlympiadBench; then with a command before them, so that math-verify has to read them."""
+    for boxed in FORMS, [rf"\displaystyle {f}" for f in FORMS]:
+        scores = verifier.score([rf"The answer is $\boxed{{{b}}}$." for b in boxed], FORMS)
+        assert [f for f, s in zip(FORMS, scores) if s != 1.0] == []
 
 
 # ------------------------------------------------------------------------------------------- Evaluation and figures
