@@ -1186,7 +1186,7 @@ def load_runs(paths):
     differ = {k for k in default if len({cfg[k] for cfg, *_ in runs}) > 1}
     differ -= {"out", "resume", "preset", "eval_every", "save_every"}
     if differ != {"seed"}:
-        differ -= {"seed", "algo", "erc"}                                   # the label names the method anyway
+        differ -= {"seed", "algo", "erc"}                                  # the label names the method anyway
     for cfg, lines, path in runs:
         shown = [f"{k} {cfg[k]}" for k in default if k in differ and (k == "seed" or cfg[k] != default[k])]
         label = " ".join(["ERC-" * cfg["erc"] + cfg["algo"].upper(), *shown])
