@@ -517,7 +517,7 @@ BODY
 if __name__ == "__main__":
     sys.exit(erc.main(sys.argv[1:]))
 """
-SMALL = ["--preset", "tiny", "--prompts-per-step", 16, "--minibatch-prompts", 4, "--group-size", 4, "--eval-data", ""]
+RANKS_RUN = ["--preset", "tiny", "--prompts-per-step", 16, "--minibatch-prompts", 4, "--group-size", 4, "--eval-data", ""]
 
 
 def torchrun(ranks, *args, cwd, body=None):
@@ -573,7 +573,7 @@ def generate(sampler, prompts, *rest, **options):
 erc.build_tiny, honest, erc.HFSampler.generate = build, erc.HFSampler.generate, generate
 erc.write = lambda path, x: path.write_text(erc.json.dumps(x))
 """
-    done = torchrun(2, *SMALL, "--steps", 2, "--out", "two", cwd=tmp_path, body=body)
+    done = torchrun(2, *RANKS_RUN, "--steps", 2, "--out", "two", cwd=tmp_path, body=body)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: ") == 1 and "on 2 × cpu" in done.stdout
     a, b = (json.loads((tmp_path / f"rank{r}").read_text()) for r in range(2))
@@ -588,7 +588,7 @@ erc.write = lambda path, x: path.write_text(erc.json.dumps(x))
 
 @needs_vllm
 def test_two_processes_run_with_vllm(tiny):
-    done = torchrun(2, *SMALL, "--steps", 2, "--sampler", "vllm", "--out", "runs/vllm-two", cwd=tiny.cwd)
+    done = torchrun(2, *RANKS_RUN, "--steps", 2, "--sampler", "vllm", "--out", "runs/vllm-two", cwd=tiny.cwd)
     assert done.returncode == 0, done.stderr
     steps = records(tiny.cwd / "runs/vllm-two")
     assert len(steps) == 2 and all(m["sampler_gap"] < 1e-4 and m["updates"] > 0 for m in steps)
@@ -603,7 +603,7 @@ def fail(*_): raise erc.UserError("of rank 1")
 erc.update = fail if erc.RANK == 1 else erc.update
 """
     started = time.monotonic()
-    done = torchrun(2, *SMALL, "--model", tiny.base, "--data", tiny.base / "train.jsonl", cwd=tmp_path, body=body)
+    done = torchrun(2, *RANKS_RUN, "--model", tiny.base, "--data", tiny.base / "train.jsonl", cwd=tmp_path, body=body)
     assert done.returncode == 1 and done.stderr.count("erc: error: of rank 1\n") == 1 and time.monotonic() - started < 60
     assert "exitcode  : 2" in done.stderr and "[rank0]" not in done.stderr, done.stderr
 
@@ -986,14 +986,14 @@ def status_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def assert_same_run(a, b):
+def assert_same_run(a, b, but=("seconds",)):
     """Weights, optimizer and position bit for bit; metrics but for the times; samples."""
     x, y = (torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (a, b))
     assert all(torch.equal(x["model"][k], y["model"][k]) for k in x["model"])
     assert all(torch.equal(u, v) for i in x["optimizer"]["state"] for u, v in zip(x["optimizer"]["state"][i].values(),
                                                                                  y["optimizer"]["state"][i].values()))
     assert all(x[k] == y[k] for k in ("step", "cursor", "bad"))
-    strip = lambda ms: [{k: v for k, v in m.items() if not k.startswith("seconds")} for m in ms]
+    strip = lambda ms: [{k: v for k, v in m.items() if not k.startswith(but)} for m in ms]
     assert strip(records(a)) == strip(records(b)) and records(a, "samples.jsonl") == records(b, "samples.jsonl")
 
 
@@ -1094,7 +1094,7 @@ def fill_the_disk(out, *base):
 def test_drill_full_disk(tiny, whole):
     """A limit on the file size stands in for it: one line, the checkpoint before is whole, and the run goes on from it."""
     alone(fill_the_disk, tiny.cwd / "runs/full", *small(tiny))
-    assert_same_run(whole, tiny.cwd / "runs/full")
+    assert_same_run(whole, tiny.cwd / "runs/full", but=("seconds", "accuracy"))  # which step 2, then the last one, has, too
 
 
 def test_drill_damaged_run(whole, loaded, tmp_path):
@@ -1261,13 +1261,15 @@ def test_drill_every_step_skipped(tiny):
 
 # Boxed contents that a policy may find, in families; the reference is 46, and none of them says it.
 HOSTILE = [
-    *(f"{b}^{{" * n + "9" + "}" * n for b in ("9", "x", r"\pi") for n in (1, 4, 40)),                                          # towers
+    *(f"{b}^{{" * n + "9" + "}" * n for b in ("9", "x", r"\pi") for n in (1, 4, 40, 400)),                                          # towers
     *(f"{n}{m}" for n in (10**3, 10**9) for m in ("!", "!!", "!!!!")), *(rf"\binom{{{n}}}{{{n // 2}}}" for n in (10**3, 10**9)),
     *(s.replace("N", "9" * n) for n in (10**3, 10**5) for s in ("N", "0.N", "-N", r"\frac{N}{N7}", "N^N", r"\sqrt[N]{N}", "1eN", "x_N")),
     *(a * n + "46" * (b != "") + b * n for n in (30, 3000)                                                                    # depth
       for a, b in (("(", ""), ("{", ""), (r"\left(", ""), (r"\frac{", "}{0}"), (r"\sqrt{", "}"), ("-1^{", "}"), (r"\sin(", ")"),
                    (r"\begin{pmatrix}", r"\end{pmatrix}"), ("[", "]"), (r"\{", r"\}"))),
     *(f"{op}_{{n=1}}^{{{n}}} {f}" for op in (r"\sum", r"\prod") for n in ("10^{12}", r"\infty") for f in (r"\frac{1}{n^2}", "n", "n!")),
+    *(rf"{f}({x})" for f in (r"\gcd", r"\phi", r"\Gamma", r"\zeta") for x in ("10^{40}!", "9^{9^9}", "46, 9^{99}!")),
+    *(f"{n}{u}" for n in (45, 47) for u in ("%", r"\%", r"^\circ", r"\text{ cm}", " dollars", "_{16}", "e", ".0")),
     r"\int_0^1 x^{x^{x}} dx", r"\lim_{n \to \infty} n^{n!}", r"2^{2^{100}} \bmod 7", "x^{10^6} + y^{10^6}", "(" + "+".join("abcdefgh") + ")^{99}",
     *"nan NaN inf \\infty -\\infty \\frac{1}{0} \\frac{0}{0} 0^0 \\infty-\\infty 1e999 \\log0 46\\cdot0 46+\\infty 46i 46x -46".split(),
     *(f"4{chr(c)}7" for c in (*range(1, 32), 0x7f, 0x85, 0xad, 0x200b, 0x2028, 0x202e, 0xfeff, 0xfffd, 0x1f600)),
