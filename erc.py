@@ -383,9 +383,9 @@ class HFSampler:
         from transformers import GenerationConfig, TopPLogitsWarper
         torch.manual_seed(seed)
         samples, rows = [], [p for p in prompts for _ in range(n)]
-        config = GenerationConfig(do_sample=temperature > 0, temperature=1.0, top_p=1.0, top_k=0, num_beams=1,
-                                  repetition_penalty=1.0, max_new_tokens=max_tokens, eos_token_id=self.eos,
-                                  pad_token_id=self.pad)
+        draw = dict(temperature=1.0, top_p=1.0, top_k=0) if temperature else {}
+        config = GenerationConfig(do_sample=temperature > 0, **draw, num_beams=1, repetition_penalty=1.0,
+                                  max_new_tokens=max_tokens, eos_token_id=self.eos, pad_token_id=self.pad)
         def record(ids_BL, logits_BV):              # called before each token is drawn: the last column of
             if columns:                             # ids was drawn from the logits of the call before
                 columns[-1] = columns[-1].gather(1, ids_BL[:, -1:])
@@ -712,8 +712,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     Rounds go on until prompts_per_step groups are kept, max_rounds at most. All randomness is a function of
     seed, step, cursor, rank and number of ranks, so a resumed run draws the same."""
     # Equal rewards give no gradient. DAPO samples others instead; in GRPO's mean over responses they stay.
-    keep_all, groups, seen, n, G = cfg.algo == "grpo", [], [], len(prompts), cfg.group_size
-    shown = None
+    keep_all, groups, seen, shown, n, G = cfg.algo == "grpo", [], [], None, len(prompts), cfg.group_size
     count = math.ceil(cfg.prompts_per_step * (1 if keep_all else cfg.oversample))
     m = dict(seconds_sample=0.0, seconds_verify=0.0, verifier_killed=0)
     for attempt in range(cfg.max_rounds):

@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("tiny")
     done = run("--preset", "tiny", "--steps", 4, "--save-every", 2, "--out", "runs/four", cwd=cwd)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(cwd=cwd, base=cwd / "runs/tiny-base", out=cwd / "runs/four", stdout=done.stdout)
+    return SimpleNamespace(cwd=cwd, base=cwd / "runs/tiny-base", out=cwd / "runs/four", stdout=done.stdout, stderr=done.stderr)
 
 
 @pytest.fixture
@@ -907,6 +907,7 @@ def test_the_tiny_preset_end_to_end(tiny):
     assert 0 < sum(m["erc_low"] + m["erc_high"] for m in steps)
     assert "accuracy" in steps[-1] and len(records(tiny.out, "samples.jsonl")) == 4
     assert json.loads((tiny.out / "config.json").read_text())["algo"] == "dapo"
+    assert tiny.stderr == ""                                                # no library's warnings among our lines
     assert "r = ρ = 1" in tiny.stdout and "128 prompts × 8 samples a step, 8 updates" in tiny.stdout
     model, tokenizer, _ = erc.load_model(tiny.out / "model", torch.device("cpu"))  # Hugging Face format, and it has moved
     base = erc.load_model(tiny.base, torch.device("cpu"))[0]
