@@ -622,9 +622,6 @@ def autocast(device):
 def load_model(path, device):
     """A Hugging Face causal LM -> (model, tokenizer, ids that end a response): fp32 masters, no dropout."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-    hf_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # our own line says what failed
     try:
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
         for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
@@ -956,7 +953,7 @@ def begin(cfg, out, model, optimizer, problems):
 
 
 def start(cfg):
-    """Join the other ranks, if there are any -> this one's device."""
+    """Join the other ranks, if there are any, and quieten the libraries -> this rank's device."""
     cuda = torch.cuda.is_available()
     if cfg.model == Config.model and not cuda:
         raise UserError("no CUDA device: this run needs one 80 GB GPU; on a CPU, python erc.py --preset tiny")
@@ -966,6 +963,9 @@ def start(cfg):
         dist.init_process_group(timeout=timedelta(days=7))  # a rank may wait long for another's rollout
     if cuda:
         torch.cuda.set_device(LOCAL_RANK)
+    from transformers.utils import logging as hf_logging
+    hf_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)   # our own line says what failed
     return torch.device("cuda" if cuda else "cpu")
 
 
