@@ -1005,7 +1005,7 @@ def kill_twenty_times(out, *base):
     go = lambda to, *more: life([*base, "--save-every", "1", "--out", to, *more], f"{out}.log")
     for i in range(20):
         pid, born, saves = go(out, "--steps", "1000", *["--resume"] * state.exists()), time.monotonic(), rng.randint(1, 3)
-        moment, last = born + rng.uniform(0, 8), False
+        moment, last = born + rng.uniform(0, 5), False
         while saves if i % 2 else time.monotonic() < moment:
             new = state.with_suffix(".new").exists()
             saves, last = saves - (new and not last), new
