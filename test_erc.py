@@ -1299,7 +1299,7 @@ def test_drill_hostile_answers(tmp_path, monkeypatch):
     want, started = [0.0, 1.0] * len(HOSTILE) + list(OUTPUTS.values()), time.monotonic()
     scores = pool.score(texts, ["46"] * len(texts))
     assert [(t[:60], s) for t, s, w in zip(texts, scores, want) if s != w] == []
-    assert time.monotonic() - started < 240 and 10 < pool.killed < 60 and not list(tmp_path.iterdir())
+    assert time.monotonic() - started < 400 and 10 < pool.killed < 60 and not list(tmp_path.iterdir())
     assert len(pool.idle) == 2 and pool.score([r"\boxed{7}", r"\boxed{8.0}"], ["8", "8"]) == [0.0, 1.0]
 
 
