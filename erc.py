@@ -452,14 +452,14 @@ class VLLMSampler:
         from vllm import SamplingParams
         torch.manual_seed(seed)                                 # vLLM draws from torch's own generator
         params = SamplingParams(
-            n=n, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0, repetition_penalty=1.0,
-            presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None, stop_token_ids=self.eos,
+            n=n if temperature else 1, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0,
+            repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None, stop_token_ids=self.eos,
             ignore_eos=False, min_tokens=0, max_tokens=max_tokens, logprobs=0, flat_logprobs=True,
             detokenize=False)
         ids = [{"prompt_token_ids": p} for p in prompts]
         outs = self.llm.generate(ids, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
         return [Sample(p, list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length")
-                for p, out in zip(prompts, outs) for o in out.outputs]
+                for p, out in zip(prompts, outs) for o in out.outputs * (1 if temperature else n)]
 
 
 # ---------------------------------------------------------------------------------------------- Entropy ratio
@@ -1106,7 +1106,7 @@ def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0
     """k responses to each (ids, answer) -> a list a problem of its responses' (score, length, cut off)."""
     mine = prompts[RANK::WORLD]
     samples = sampler.generate([ids for ids, _ in mine], k, max_tokens, temperature, top_p, seed + RANK)
-    texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
+    texts = [tokenizer.decode(s.response, skip_special_tokens=True) for s in samples]  # a rank may have none
     scores = verifier.score(texts, [answer for _, answer in mine for _ in range(k)])
     rows = [(score, len(s.response), s.truncated) for score, s in zip(scores, samples)]
     parts = gather([rows[i:i + k] for i in range(0, len(rows), k)])
@@ -1350,7 +1350,7 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt as e:
         if RANK == 0:
-            print("erc: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+            print("erc: interrupted; training goes on with --resume, eval if run again", file=sys.stderr)
         return e.args[0] if e.args else 130
 
 

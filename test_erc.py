@@ -1374,10 +1374,21 @@ def test_greedy_eval_is_the_figure_in_the_training_log(tiny):
     assert got["runs/tiny-base/test.jsonl"]["accuracy"] == records(tiny.out)[-1]["accuracy"]
 
 
+def test_eval_by_two_processes_is_that_of_one(tiny):
+    """Seventeen problems, so that the ranks' shares differ; every response stands at its own problem."""
+    data = write(tiny.cwd / "seventeen.jsonl", "\n".join((tiny.base / "test.jsonl").read_text().splitlines()[:17]))
+    flags = ["--benchmarks", data, "--k", 2, "--temperature", 0, "--sampler", "hf"]
+    _, one = evaluated(tiny, "one.json", *flags)
+    done = torchrun(2, "eval", "--model", tiny.out / "model", "--max-response-tokens", 16, "--out", "two.json", *flags, cwd=tiny.cwd)
+    assert done.returncode == 0 and done.stdout.count("every score: ") == 1, done.stderr
+    assert json.loads((tiny.cwd / "two.json").read_text())[data]["responses"] == one[data]["responses"]
+    assert len({tuple(row[0]) for row in one[data]["responses"]}) > 1      # or any order would do
+
+
 @needs_vllm
 def test_eval_with_vllm_agrees_with_transformers(tiny):
     data = write(tiny.cwd / "some64.jsonl", "\n".join((tiny.base / "test.jsonl").read_text().splitlines()[:64]))
-    hf, vllm = (evaluated(tiny, f"{s}.json", "--benchmarks", data, "--k", 1, "--temperature", 0, "--sampler", s)[1] for s in ("hf", "vllm"))
+    hf, vllm = (evaluated(tiny, f"{s}.json", "--benchmarks", data, "--k", 2, "--temperature", 0, "--sampler", s)[1] for s in ("hf", "vllm"))
     assert vllm[data]["responses"] == hf[data]["responses"] and 0 < vllm[data]["accuracy"] < 1
 
 
