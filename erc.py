@@ -453,9 +453,9 @@ class VLLMSampler:
         torch.manual_seed(seed)                                 # vLLM draws from torch's own generator
         params = SamplingParams(
             n=n if temperature else 1, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0,
-            repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None, stop_token_ids=self.eos,
-            ignore_eos=False, min_tokens=0, max_tokens=max_tokens, logprobs=0, flat_logprobs=True,
-            detokenize=False)
+            repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None,
+            stop_token_ids=self.eos, ignore_eos=False, min_tokens=0, max_tokens=max_tokens, logprobs=0,
+            flat_logprobs=True, detokenize=False)
         ids = [{"prompt_token_ids": p} for p in prompts]
         outs = self.llm.generate(ids, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
         return [Sample(p, list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length")
