@@ -80,6 +80,7 @@ class Config:  # the comments are the text of --help
     erc: bool = True                   # drop tokens whose entropy ratio left the band (eq. 9)
     eps_low: float = None              # PPO-clip at r = 1 - ε_low; default 0.2, gspo 3e-4
     eps_high: float = None             # PPO-clip at r = 1 + ε_high; default 0.2, dapo 0.28, gspo 4e-4
+    erc_mode: str = "two-sided"        # two-sided (eq. 9) | one-sided: keep what leads back to the band (ours)
     beta_low: float = 0.05             # ERC keeps ρ > 1 - β_low (§4.1)
     beta_high: float = 0.05            # ERC keeps ρ < 1 + β_high (§4.1)
     dual_clip: float = 0.0             # A < 0: objective floored at this many A; 0 off, authors' code 10
@@ -144,9 +145,10 @@ PRESETS = {
 
 def check(cfg, ranges):
     """UserError names the first setting out of its range; the sampler `auto` becomes what is installed."""
-    for name, allowed in {"preset": PRESETS, "algo": EPS, "sampler": ("auto", "vllm", "hf")}.items():
+    for name, allowed in {"preset": PRESETS, "algo": EPS, "erc_mode": ("two-sided", "one-sided"),
+                          "sampler": ("auto", "vllm", "hf")}.items():
         if getattr(cfg, name, None) not in (None, *allowed):
-            raise UserError(f"--{name} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         if value is not None and (not low <= value <= high or math.isinf(value)):           # NaN fails, too
@@ -336,8 +338,10 @@ class Verifier:
         """1.0 where the last boxed answer equals the reference (of a list: any one), else 0.0; in order."""
         wanted = [[(boxed, a) for a in ([answer] if isinstance(answer, str) else answer)] if boxed else []
                   for boxed, answer in zip(map(last_boxed, responses), answers, strict=True)]
-        verdict = {(boxed, a): float(boxed == a) for pairs in wanted for boxed, a in pairs}
-        todo, busy = [pair for pair, same in verdict.items() if not same], {}  # each distinct pair once
+        # Each distinct pair once; two integers need no computer algebra.
+        plain = {pair: all(re.fullmatch("-?[0-9]{1,18}", x) for x in pair) for pairs in wanted for pair in pairs}
+        verdict = {pair: float(len(set(map(int, pair) if plain[pair] else pair)) == 1) for pair in plain}
+        todo, busy = [pair for pair in plain if not plain[pair] and not verdict[pair]], {}
         while todo or busy:
             while todo and self.idle:
                 pipe = self.idle.pop()
@@ -464,14 +468,16 @@ class VLLMSampler:
 
 # ---------------------------------------------------------------------------------------------- Entropy ratio
 
-def logp_entropy(logits_NV, targets_N, work=(None, None)):
-    """log π(y) and H(π) = -Σ_v π_v log π_v of each row, in nats and fp32 -> (logp_N, entropy_N).
+def logp_entropy(logits_NV, targets_N, work=(None, None), kappa=False):
+    """log π(y) and H(π) = -Σ_v π_v log π_v of each row, in nats and fp32 -> (logp_N, entropy_N[, kappa_N]).
 
     With d = z - max z and s = Σ e^d without the argmax's own term: log π(y) = d_y - log(1+s), and H =
     log(1+s) - Σ e^d·d / (1+s). All terms have one sign, so nothing cancels, and H keeps a relative error of
     1e-6 where the policy is near-deterministic, as at most tokens of a reasoning model. The usual
     logsumexp(z) - Σπz is 17 % off at H = 6e-5, where ERC asks about 5 %. Logits may be -inf (probability 0).
     work: two tensors (N, V) to work in, the first may be the logits: new pages cost as much as arithmetic.
+    kappa: also κ = -(dH/dz)·(d log π(y)/dz), so that a step up A·log π(y) changes H by -A·κ to first order.
+    ∂H/∂z_v = -π_v c_v with c_v = log π_v + H, so κ = Σ_v π_v c_v (δ_vy - π_v), and c_v = d_v + c_top.
 
     >>> [round(x.item(), 4) for x in logp_entropy(torch.tensor([[.85, 0, .15, 0]]).log(), torch.tensor([0]))]
     [-0.1625, 0.4227]
@@ -483,7 +489,15 @@ def logp_entropy(logits_NV, targets_N, work=(None, None)):
     d_NV.clamp_(min=-1e4).scatter_(-1, argmax_N1, -1e4)         # e^-10000 is 0, and 0 · -10000 no NaN
     e_NV = torch.exp(d_NV, out=work[1])
     s_N = e_NV.sum(-1)
-    return d_y_N - s_N.log1p(), s_N.log1p() - torch.mul(e_NV, d_NV, out=work[0]).sum(-1) / (1 + s_N)
+    ed_NV = torch.mul(e_NV, d_NV, out=work[0])
+    c_top_N = -ed_NV.sum(-1) / (1 + s_N)
+    stats = d_y_N - s_N.log1p(), s_N.log1p() + c_top_N
+    if not kappa:
+        return stats
+    others_N = (torch.linalg.vecdot(e_NV, ed_NV) + c_top_N * torch.linalg.vecdot(e_NV, e_NV)) / (1 + s_N)**2
+    y_is_top_N = c_top_N * s_N / (1 + s_N)**2                   # 1 - π_top is s / (1 + s), no difference
+    y_is_other_N = stats[0].exp() * (d_y_N + c_top_N) - c_top_N / (1 + s_N)**2
+    return *stats, torch.where(targets_N == argmax_N1.squeeze(-1), y_is_top_N, y_is_other_N) - others_N
 
 
 class HeadStats(torch.autograd.Function):
@@ -491,23 +505,23 @@ class HeadStats(torch.autograd.Function):
     computes each chunk's logits again, so that the peak does not grow with N."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy_grad, chunk):
-        logp_N, entropy_N = torch.empty(2, len(targets_N), device=hidden_ND.device)
+    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy_grad, chunk, kappa):
+        stats = torch.empty(2 + kappa, len(targets_N), device=hidden_ND.device).unbind()
         W_VD, rows = weight_VD.float(), min(chunk, len(targets_N))
         z_CV, e_CV = (W_VD.new_empty(rows, len(W_VD)) for _ in range(2))
         for i in range(0, len(targets_N), chunk):
             c, n = slice(i, i + chunk), min(rows, len(targets_N) - i)
             logits_CV = torch.mm(hidden_ND[c].float() / temperature, W_VD.T, out=z_CV[:n])
-            logp_N[c], entropy_N[c] = logp_entropy(logits_CV, targets_N[c], (logits_CV, e_CV[:n]))
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, logp_N, entropy_N)
+            for x_N, x_C in zip(stats, logp_entropy(logits_CV, targets_N[c], (logits_CV, e_CV[:n]), kappa)):
+                x_N[c] = x_C
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *stats[:2])
         ctx.temperature, ctx.entropy_grad, ctx.chunk = temperature, entropy_grad, chunk
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
+        ctx.mark_non_differentiable(*stats[1 + entropy_grad:])
+        return stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_logp_N, g_entropy_N):
+    def backward(ctx, g_logp_N, g_entropy_N, *_):
         hidden_ND, weight_VD, targets_N, logp_N, entropy_N = ctx.saved_tensors
         W_VD = weight_VD.float()
         g_hidden_ND, g_weight_VD = torch.zeros_like(hidden_ND), torch.zeros_like(W_VD)
@@ -526,18 +540,18 @@ class HeadStats(torch.autograd.Function):
                 dz_CV, g_C1 = dz_CV.mul_(g_C1).sub_(h_CV), 1.0
             g_hidden_ND[n_C] = (dz_CV @ W_VD * (g_C1 / ctx.temperature)).to(hidden_ND.dtype)
             g_weight_VD.addmm_(dz_CV.T, x_CD * g_C1)            # scaling D columns is cheaper than V
-        return g_hidden_ND, g_weight_VD.to(weight_VD.dtype), None, None, None, None
+        return g_hidden_ND, g_weight_VD.to(weight_VD.dtype), None, None, None, None, None
 
 
-def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=False, chunk=256):
-    """log π(y) and H of the policy softmax(lm_head(hidden) / temperature) -> (logp_N, entropy_N), nats, fp32.
+def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=False, chunk=256, kappa=False):
+    """log π(y), H[, κ] of the policy softmax(lm_head(hidden) / temperature), as logp_entropy; nats, fp32.
 
     Never holds more than one chunk of logits, forward or backward. Differentiable in hidden and
     lm_head.weight; the entropy carries a gradient only with `entropy_grad`. UserError: a head with a bias."""
     if getattr(lm_head, "bias", None) is not None:
         raise UserError("the model's output head has a bias, which token_stats leaves out: use another model")
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the head is fp32 inside autocast, too
-        return HeadStats.apply(hidden_ND, lm_head.weight, targets_N, temperature, entropy_grad, chunk)
+        return HeadStats.apply(hidden_ND, lm_head.weight, targets_N, temperature, entropy_grad, chunk, kappa)
 
 
 def entropy_ratio(entropy, old_entropy):
@@ -561,18 +575,20 @@ def group_advantages(rewards_PG):
     return ((r_PG - r_PG.mean(1, keepdim=True)) / (r_PG.std(1, keepdim=True) + 1e-6)).float()
 
 
-TOKENS = "old_logp", "logp", "old_entropy", "entropy", "rho", "advantage", "ppo_clip", "erc_low", "erc_high"
+TOKENS = ("old_logp", "logp", "old_entropy", "entropy", "rho", "advantage", "ppo_clip", "erc_low", "erc_high",
+          "erc_drop")
 
 
 def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT, cfg, norm=None,
-                tokens=None):
+                tokens=None, kappa_BT=None):
     """The objective of every method here, negated -> (loss, metrics): a scalar to minimise, a dict of floats.
 
     mask_BT marks response tokens. `norm` divides the sum: the whole mini-batch's number of response tokens
     (dapo, gppo) or of responses (grpo, gspo); by default this call's own. cfg: algo, erc, eps_*, beta_*,
     dual_clip, kl_coef, entropy_coef. metrics, over this call's tokens: the shares where the PPO clip binds
-    (ppo_clip) and where ρ is below (erc_low) or above (erc_high) the band, dropped or not; mean entropy;
-    KL(π_old‖π_θ). Nats. To a list `tokens` it appends what decided on each token, (len(TOKENS), N)."""
+    (ppo_clip), where ρ is below (erc_low) or above (erc_high) the band, and where ERC drops (erc_drop); mean
+    entropy; KL(π_old‖π_θ). Nats. With kappa_BT, the κ of `logp_entropy`, ERC is one-sided, as the PPO clip is:
+    out of the band it drops only what leads further out, to first order in the token's own logits. To a list `tokens` it appends what decided on each token, (len(TOKENS), N)."""
     mask_BT, A_B1 = mask_BT.bool(), advantages_B[:, None]
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                                     # |y_i|
     # Padding may hold anything; e^±20 bounds r, so that no 0 · ∞ gets into the gradient.
@@ -590,18 +606,22 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
         J_BT = torch.where(A_B1 < 0, torch.maximum(J_BT, cfg.dual_clip * A_B1), J_BT)
     rho_BT = entropy_ratio(entropy_BT.detach(), old_entropy_BT)                               # eq. 8
     low_BT, high_BT = rho_BT <= 1 - cfg.beta_low, rho_BT >= 1 + cfg.beta_high
-    if cfg.erc:
-        J_BT = J_BT.masked_fill(low_BT | high_BT, 0.0)                                        # eq. 9
+    drop_BT = (low_BT | high_BT) & cfg.erc                                                    # eq. 9
+    if kappa_BT is not None:                                # ours: a step up A·log π(y) changes H by -A·κ
+        drop_BT &= torch.where(high_BT, A_B1 * kappa_BT < 0, A_B1 * kappa_BT > 0)
+    J_BT = J_BT.masked_fill(drop_BT, 0.0)
     kl_BT = log_r_BT.exp() - 1 - log_r_BT               # eq. 2: its mean over y ~ π_old is KL(π_old‖π_θ)
     loss_BT = -J_BT + cfg.kl_coef * kl_BT - cfg.entropy_coef * entropy_BT
     # Eqs. 6, 7, 9 divide by Σ|y_i|, dropped tokens included; eq. 5 averages over each response first.
     weight_BT = mask_BT / (length_B1 if cfg.algo in ("grpo", "gspo") else 1)
     loss = (loss_BT * weight_BT).sum() / (weight_BT.sum() if norm is None else norm)
     with torch.no_grad():
-        shown = dict(ppo_clip=ppo_BT, erc_low=low_BT, erc_high=high_BT, entropy=entropy_BT, kl=kl_BT)
+        shown = dict(ppo_clip=ppo_BT, erc_low=low_BT, erc_high=high_BT, erc_drop=drop_BT,
+                     entropy=entropy_BT, kl=kl_BT)
         means = torch.stack([x_BT[mask_BT].float().mean() for x_BT in shown.values()]).tolist()
         if tokens is not None:
-            every = (old_logp_BT, logp_BT, old_entropy_BT, entropy_BT, rho_BT, A_B1, ppo_BT, low_BT, high_BT)
+            every = (old_logp_BT, logp_BT, old_entropy_BT, entropy_BT, rho_BT, A_B1, ppo_BT, low_BT, high_BT,
+                     drop_BT)
             tokens.append(torch.stack([x_BT.expand_as(mask_BT)[mask_BT].float() for x_BT in every]))
     return loss, dict(zip(shown, means))
 
@@ -674,23 +694,24 @@ def micro_batches(samples, budget):
     return out
 
 
-def forward(model, samples, cfg, entropy_grad=False):
-    """One micro-batch -> (logp_BT, entropy_BT, mask_BT). Old and new statistics both come from here."""
-    device, rows = model.device, [s.prompt + s.response for s in samples]
+def forward(model, samples, cfg):
+    """One micro-batch -> (logp_BT, entropy_BT, mask_BT, kappa_BT or None): old and new statistics alike."""
+    device, rows = model.device, [s.prompt + s.response[:-1] for s in samples]  # the last predicts nothing
     L, T = max(map(len, rows)), max(len(s.response) for s in samples)
-    start_B1 = torch.tensor([[len(s.prompt)] for s in samples], device=device)
+    end_B1 = torch.tensor([[len(row)] for row in rows], device=device)
     length_B1 = torch.tensor([[len(s.response)] for s in samples], device=device)
     # Padding on the right, where causal attention sees it from no response token: no attention mask.
     ids_BL = torch.tensor([row + [0] * (L - len(row)) for row in rows], device=device)
-    # Position l predicts token l + 1: the response, tokens p … p+t-1, is predicted at p-1 … p+t-2.
+    # Position l predicts token l + 1, so a response's t tokens are predicted at the last t of its row.
     l_L, mask_BT = torch.arange(L, device=device), torch.arange(T, device=device) < length_B1
-    predicts_BL = (l_L >= start_B1 - 1) & (l_L < start_B1 - 1 + length_B1)
+    predicts_BL = (l_L >= end_B1 - length_B1) & (l_L < end_B1)
+    targets_N = torch.tensor([y for s in samples for y in s.response], device=device)
     with autocast(device):
         hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    hidden_ND, targets_N = hidden_BLD[predicts_BL], ids_BL.roll(-1, 1)[predicts_BL]
-    stats = token_stats(hidden_ND, model.get_output_embeddings(), targets_N, cfg.temperature, entropy_grad)
-    logp_BT, entropy_BT = (x_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x_N) for x_N in stats)
-    return logp_BT, entropy_BT, mask_BT
+    stats = token_stats(hidden_BLD[predicts_BL], model.get_output_embeddings(), targets_N, cfg.temperature,
+                        cfg.entropy_coef != 0, kappa=cfg.erc_mode == "one-sided" and torch.is_grad_enabled())
+    logp_BT, entropy_BT, *kappa = (x_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, x_N) for x_N in stats)
+    return logp_BT, entropy_BT, mask_BT, *(kappa or [None])
 
 
 def overlong(length, cfg):
@@ -753,7 +774,7 @@ def old_statistics(model, micros, cfg):
         old = [forward(model, micro, cfg) for micro in tqdm(micros, "old policy", leave=False,
                                                                   disable=RANK > 0 or None)]
     theirs_N = torch.tensor([x for micro in micros for s in micro for x in s.logp])
-    ours_N = torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT in old] or [theirs_N]).cpu()
+    ours_N = torch.cat([logp_BT[mask_BT] for logp_BT, _, mask_BT, _ in old] or [theirs_N]).cpu()
     gap_N = torch.cat(gather((ours_N - theirs_N).abs()))
     mean, limit = gap_N.mean().item(), MAX_GAP[model.device.type == "cuda"]
     if not mean <= limit:
@@ -780,11 +801,11 @@ def update(model, optimizer, groups, cfg):
         norm = sum(len(s.response) for s in mini) if cfg.algo in ("dapo", "gppo") else len(mini)
         right = sum(len(s.response) for s in mini if s.reward == 1.0)
         for micro in micros:
-            old_logp_BT, old_entropy_BT, mask_BT = next(old)
-            logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
+            old_logp_BT, old_entropy_BT, mask_BT, _ = next(old)
+            logp_BT, entropy_BT, _, kappa_BT = forward(model, micro, cfg)
             advantages_B = torch.tensor([s.advantage for s in micro], device=model.device)
             loss, shown = policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, mask_BT,
-                                      cfg, norm, tokens)
+                                      cfg, norm, tokens, kappa_BT)
             if cfg.nll_coef and right:                                 # authors' code: imitate what was right
                 right_B1 = torch.tensor([[s.reward == 1.0] for s in micro], device=model.device)
                 loss = loss - cfg.nll_coef * logp_BT[mask_BT & right_B1].sum() / right
@@ -844,7 +865,7 @@ def rehearse(model, optimizer, cfg):
         for g in optimizer.param_groups:
             g["lr"] = 0.0                                                # `train` sets it before every update
         optimizer.step()                                                # allocates the moments, moves nothing
-        logp_BT, entropy_BT, _ = forward(model, micro, cfg, entropy_grad=cfg.entropy_coef != 0)
+        logp_BT, entropy_BT, *_ = forward(model, micro, cfg)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     except torch.OutOfMemoryError:
         raise UserError(f"{len(micro)} sequences of full length do not fit this GPU: lower --micro-tokens "
@@ -1195,8 +1216,8 @@ def load_runs(paths):
 
 def table(labels):
     """Markdown: mean ± standard deviation over a label's runs; reward and entropy: last tenth of steps."""
-    print("| run | n | reward | entropy | median \\|ρ-1\\| | PPO-clip | below | above | \\|grad\\| p50 | p99 "
-          "| max | greedy |\n|" + "---|" * 12)
+    print("| run | n | reward | entropy | median \\|ρ-1\\| | PPO-clip | below | above | dropped | "
+          "\\|grad\\| p50 | p99 | max | greedy |\n|" + "---|" * 13)
     for label, runs in labels.items():
         rows = []
         for _, lines, _ in runs:
@@ -1205,7 +1226,7 @@ def table(labels):
             late, norms = lines[-max(1, len(lines) // 10):], sorted(x for m in lines for x in m["grad_norms"])
             def mean(key, lines=lines): return sum(m[key] for m in lines) / max(1, len(lines))
             rows.append([mean("reward", late), mean("entropy", late), *map(mean, (
-                "rho_drift", "ppo_clip", "erc_low", "erc_high")),
+                "rho_drift", "ppo_clip", "erc_low", "erc_high", "erc_drop")),
                 *(norms[(len(norms) - 1) * q // 100] for q in (50, 99, 100) if norms), greedy[-1]])
         cells = [f"{statistics.fmean(x):.3f}" + (f" ± {statistics.stdev(x):.3f}" if len(x) > 1 else "")
                  for x in zip(*rows)]
@@ -1233,7 +1254,9 @@ def curves(labels, path):
 
 def categories(tokens, cfg):
     """Records as in tokens.npz -> {name: mask_N}, which part them: what policy_loss did with a token."""
-    ppo_N, low_N, high_N = (tokens[name] > 0 for name in ("ppo_clip", "erc_low", "erc_high"))
+    ppo_N, low_N, high_N, drop_N = (tokens[x] > 0 for x in ("ppo_clip", "erc_low", "erc_high", "erc_drop"))
+    if cfg["erc"]:                                              # one-sided, it keeps some outside the band
+        low_N, high_N = low_N & drop_N, high_N & drop_N
     ppo, erc = "past the PPO bound" if cfg["algo"] == "gppo" else "PPO-clipped", "ERC" if cfg["erc"] else "ρ"
     return {"kept": ~(ppo_N | low_N | high_N), ppo: ppo_N, f"{erc} below the band": low_N & ~ppo_N,
             f"{erc} above the band": high_N & ~ppo_N}
@@ -1282,10 +1305,12 @@ def plot(runs, out):
 
 # ------------------------------------------------------------------------------------------ The tiny stand-in
 
-def build_tiny(path, steps=500):
+def build_tiny(path, target=0.28):
     """The tiny preset's base model and problems: 0.5 M parameters, Qwen2's architecture, bytes for tokens,
     warmed up on two-digit sums of which two in three are wrong, most by a forgotten or an invented carry. So
-    it knows what an answer looks like, and samples the right one among others, but often not first."""
+    it knows what an answer looks like, and samples the right one among others, but often not first. It slows
+    down towards, and stops at, an expected reward of `target`: after a fixed number of steps, the last digits
+    of a machine's arithmetic would decide how far it got."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     print(f"building the tiny base model in {path}, once", flush=True)
@@ -1298,21 +1323,28 @@ def build_tiny(path, steps=500):
     tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
                                "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     model = Qwen2ForCausalLM(Qwen2Config(               # head dimension 32: vLLM knows none smaller
-        vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).train()
     pairs = rng.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 90 * 90)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    for step in range(steps):
-        for g in optimizer.param_groups:                                   # 50 steps up, the second half down
-            g["lr"] = 2e-3 * min(1, (step + 1) / 50, 2 * (steps - step) / steps)
+    train, optimizer = pairs[512:], torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    def solved(a, b, slip=0):
+        answer = tokenizer(rf"\boxed{{{a + b + slip}}}").input_ids + [tokenizer.eos_token_id]
+        return Sample(encode(tokenizer, f"{a}+{b}="), answer, [], False)
+    right = [solved(a, b) for a, b in train[:256]]
+    for step in range(5000):
+        if step % 10 == 0:
+            with torch.no_grad():                       # E[reward] = the probability of the right response
+                reward = forward(model, right, cfg)[0].sum(1).exp().mean().item()
+            if reward >= target:
+                break
+        for g in optimizer.param_groups:
+            g["lr"] = 1e-3 * min(1, (step + 1) / 50, 0.1 + 2 * (1 - reward / target))
         samples = []
-        for a, b in rng.choices(pairs[512:], k=128):              # the first 512 are held out
+        for a, b in rng.choices(train, k=128):
             near = rng.choice([-2, -1, 1, 2])
-            slip = rng.choice([0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, 10, near])
-            answer = tokenizer(rf"\boxed{{{a + b + slip}}}").input_ids + [tokenizer.eos_token_id]
-            samples.append(Sample(encode(tokenizer, f"{a}+{b}="), answer, [], False))
-        logp_BT, _, mask_BT = forward(model, samples, cfg)
+            samples.append(solved(a, b, rng.choice([0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, 10, near])))
+        logp_BT, _, mask_BT, _ = forward(model, samples, cfg)
         (-logp_BT[mask_BT].mean()).backward()
         optimizer.step()
         optimizer.zero_grad()

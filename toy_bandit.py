@@ -2,6 +2,7 @@
 
     python toy_bandit.py               four parts on the terminal, a figure, and a check of all claims
     python toy_bandit.py --beta 0.2    a wider band: predict the table before you look
+    python toy_bandit.py --erc-mode one-sided --out one-sided.png
     python toy_bandit.py --help        the knobs
 
 A contextual bandit with many arms, whose logits share low-rank features as a language model's do: pushing one
@@ -65,18 +66,19 @@ def sample(log_pi_ZSK, reward_ZSK, G, g):
 
 
 def stats(log_pi_ZSK, arms_ZSG):
-    """log π of the sampled arms and the entropy of their states, each as (B, 1)."""
+    """log π of the sampled arms, the entropy of their states, and the arms' κ, each as (B, 1)."""
     log_pi_BK = log_pi_ZSK.repeat_interleave(arms_ZSG.shape[2], 1).flatten(0, 1)
-    logp_B, H_B = logp_entropy(log_pi_BK, arms_ZSG.flatten())
-    return logp_B[:, None], H_B[:, None]
+    return [x_B[:, None] for x_B in logp_entropy(log_pi_BK, arms_ZSG.flatten(), kappa=True)]
 
 
 def step(X_ZSR, W_ZRK, arms_ZSG, advantages_B, old, cfg, lr):
     """One plain gradient step of every seed's own policy -> (new W_ZRK, metrics)."""
     W_ZRK = W_ZRK.detach().requires_grad_()
-    logp_B1, H_B1 = stats(policy(X_ZSR, W_ZRK), arms_ZSG)
+    logp_B1, H_B1, kappa_B1 = stats(policy(X_ZSR, W_ZRK), arms_ZSG)
     norm = advantages_B.numel() / len(W_ZRK)                                      # each seed is its own batch
-    loss, metrics = policy_loss(logp_B1, H_B1, *old, advantages_B, torch.ones_like(logp_B1), cfg, norm)
+    kappa_B1 = kappa_B1.detach() if cfg.erc_mode == "one-sided" else None
+    loss, metrics = policy_loss(logp_B1, H_B1, *old, advantages_B, torch.ones_like(logp_B1), cfg, norm,
+                                kappa_BT=kappa_B1)
     loss.backward()
     return (W_ZRK - lr * W_ZRK.grad).detach(), metrics
 
@@ -95,18 +97,22 @@ def drift(log_pi_ZSK, old_log_pi_ZSK, arms_ZSG, advantages_B):
                 rho=(entropy_ratio(H, old_H) - 1).abs().mean(-1), rho_ZS=entropy_ratio(H, old_H))
 
 
+def objective(a, settings):
+    return Config(beta_low=a.beta, beta_high=a.beta, erc_mode=a.erc_mode, **settings)
+
+
 def one_batch(a, steps, **settings):
     """Many small steps on one batch from π_old -> drift() after 0, 1, … steps, with policy_loss's shares."""
     X_ZSR, W_ZRK, reward_ZSK = make_bandit(a)
     old_log_pi = policy(X_ZSR, W_ZRK)
-    g, cfg = torch.Generator().manual_seed(a.seed + 1), Config(beta_low=a.beta, beta_high=a.beta, **settings)
+    g, cfg = torch.Generator().manual_seed(a.seed + 1), objective(a, settings)
     arms_ZSG, advantages_B = sample(old_log_pi, reward_ZSK, a.samples, g)
-    old = stats(old_log_pi, arms_ZSG)
+    old = stats(old_log_pi, arms_ZSG)[:2]
     out = [drift(old_log_pi, old_log_pi, arms_ZSG, advantages_B) | dict(ppo_clip=0.0, erc_clip=0.0, W=W_ZRK)]
     for _ in range(steps):
         W_ZRK, m = step(X_ZSR, W_ZRK, arms_ZSG, advantages_B, old, cfg, a.lr)
         out.append(drift(policy(X_ZSR, W_ZRK), old_log_pi, arms_ZSG, advantages_B) | dict(
-            ppo_clip=m["ppo_clip"], erc_clip=m["erc_low"] + m["erc_high"], W=W_ZRK))
+            ppo_clip=m["ppo_clip"], erc_clip=m["erc_drop"], W=W_ZRK))
     return out
 
 
@@ -140,12 +146,12 @@ def tightened(a, gain):
 def training(a, **settings):
     """a.batches rollout batches of eight updates -> reward, entropy, |ρ - 1| of each batch: (batches, Z)."""
     X_ZSR, W_ZRK, reward_ZSK = make_bandit(a)
-    g, cfg = torch.Generator().manual_seed(a.seed + 2), Config(beta_low=a.beta, beta_high=a.beta, **settings)
+    g, cfg = torch.Generator().manual_seed(a.seed + 2), objective(a, settings)
     out = dict(reward=[], entropy=[], rho=[])
     for _ in range(a.batches):
         old_log_pi = policy(X_ZSR, W_ZRK)
         arms_ZSG, advantages_B = sample(old_log_pi, reward_ZSK, a.samples, g)
-        old = stats(old_log_pi, arms_ZSG)
+        old = stats(old_log_pi, arms_ZSG)[:2]
         for _ in range(8):
             W_ZRK, _ = step(X_ZSR, W_ZRK, arms_ZSG, advantages_B, old, cfg, a.train_lr)
         out["reward"].append((old_log_pi.exp() * reward_ZSK).sum(-1).mean(-1))
@@ -225,6 +231,8 @@ def parse_args(argv):
                 raise argparse.ArgumentTypeError(f"must be at least {least}")
             return kind(text)
         ap.add_argument(f"--{name}", type=number, default=default, help=f"{text} [{default}]")
+    ap.add_argument("--erc-mode", choices=("two-sided", "one-sided"), default="two-sided",
+                    help="one-sided: keep gradients that lead back into the band [%(default)s]")
     ap.add_argument("--out", default="figures/toy_bandit.png", help="where the figure goes [%(default)s]")
     return ap.parse_args(argv)
 
@@ -286,7 +294,7 @@ def main(argv=None):
         d = run[-1]
         print(f"   {name:9s}{pm(d['r']):>14s}{d['inside'].mean():11.1%}{pm(d['tv'], 4):>17s}"
               f"{pm(d['kl'], 4):>17s}{pm(d['rho']):>15s}{d['ppo_clip']:10.1%}"
-              f"{d['erc_clip'] * ('ERC' in name):7.1%}")
+              f"{d['erc_clip']:7.1%}")
     dapo, erc = runs["DAPO"][-1], runs["ERC-DAPO"][-1]
     claim((dapo["inside"] > 0.75).all() and (dapo["tv"] > 0.005).all(),
           "DAPO, every seed: over 75 % of sampled ratios end in PPO's band, over .005 unsampled mass moved")
