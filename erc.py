@@ -78,9 +78,9 @@ class Config:  # the comments are the text of --help
     # the objective
     algo: str = "dapo"                 # grpo (eq. 5) | dapo (eq. 6) | gppo (eq. 7) | gspo (§5.7)
     erc: bool = True                   # drop tokens whose entropy ratio left the band (eq. 9)
+    erc_mode: str = "two-sided"        # two-sided (eq. 9) | one-sided: drop only what leads further out (ours)
     eps_low: float = None              # PPO-clip at r = 1 - ε_low; default 0.2, gspo 3e-4
     eps_high: float = None             # PPO-clip at r = 1 + ε_high; default 0.2, dapo 0.28, gspo 4e-4
-    erc_mode: str = "two-sided"        # two-sided (eq. 9) | one-sided: keep what leads back to the band (ours)
     beta_low: float = 0.05             # ERC keeps ρ > 1 - β_low (§4.1)
     beta_high: float = 0.05            # ERC keeps ρ < 1 + β_high (§4.1)
     dual_clip: float = 0.0             # A < 0: objective floored at this many A; 0 off, authors' code 10
@@ -148,7 +148,8 @@ def check(cfg, ranges):
     for name, allowed in {"preset": PRESETS, "algo": EPS, "erc_mode": ("two-sided", "one-sided"),
                           "sampler": ("auto", "vllm", "hf")}.items():
         if getattr(cfg, name, None) not in (None, *allowed):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be one of {', '.join(allowed)}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be one of "
+                            f"{', '.join(allowed)}")
     for name, (low, high) in ranges.items():
         value = getattr(cfg, name)
         if value is not None and (not low <= value <= high or math.isinf(value)):           # NaN fails, too
@@ -188,8 +189,8 @@ def parse_args(argv):
     if not path.is_file():
         raise UserError(f"--resume: {path} not found; name the run's directory with --out")
     saved, free = json.loads(path.read_text()), {"steps", "eval_every", "save_every", "out", "resume"}
-    differ = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in given.items()
-              if k not in free and getattr(cfg, k) != saved[k]]
+    differ = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})" for k, v in given.items()
+              if k not in free and getattr(cfg, k) != saved.get(k)]
     if differ:
         raise UserError(f"--resume: {path} was started with other settings: {', '.join(sorted(differ))}")
     return Config(**saved | given)
@@ -338,10 +339,12 @@ class Verifier:
         """1.0 where the last boxed answer equals the reference (of a list: any one), else 0.0; in order."""
         wanted = [[(boxed, a) for a in ([answer] if isinstance(answer, str) else answer)] if boxed else []
                   for boxed, answer in zip(map(last_boxed, responses), answers, strict=True)]
-        # Each distinct pair once; two integers need no computer algebra.
-        plain = {pair: all(re.fullmatch("-?[0-9]{1,18}", x) for x in pair) for pairs in wanted for pair in pairs}
-        verdict = {pair: float(len(set(map(int, pair) if plain[pair] else pair)) == 1) for pair in plain}
-        todo, busy = [pair for pair in plain if not plain[pair] and not verdict[pair]], {}
+        value = {x: int(x) if re.fullmatch("-?[0-9]{1,18}", x) else x
+                 for pairs in wanted for pair in pairs for x in pair}
+        verdict = {(boxed, a): float(value[boxed] == value[a]) for pairs in wanted for boxed, a in pairs}
+        # Each distinct pair once; that two integers differ needs no computer algebra.
+        todo, busy = [pair for pair, same in verdict.items()
+                      if not same and str in (type(value[x]) for x in pair)], {}
         while todo or busy:
             while todo and self.idle:
                 pipe = self.idle.pop()
@@ -494,7 +497,8 @@ def logp_entropy(logits_NV, targets_N, work=(None, None), kappa=False):
     stats = d_y_N - s_N.log1p(), s_N.log1p() + c_top_N
     if not kappa:
         return stats
-    others_N = (torch.linalg.vecdot(e_NV, ed_NV) + c_top_N * torch.linalg.vecdot(e_NV, e_NV)) / (1 + s_N)**2
+    e2d_N = torch.mul(e_NV, ed_NV, out=work[0]).sum(-1)
+    others_N = (e2d_N + c_top_N * torch.mul(e_NV, e_NV, out=work[1]).sum(-1)) / (1 + s_N)**2
     y_is_top_N = c_top_N * s_N / (1 + s_N)**2                   # 1 - π_top is s / (1 + s), no difference
     y_is_other_N = stats[0].exp() * (d_y_N + c_top_N) - c_top_N / (1 + s_N)**2
     return *stats, torch.where(targets_N == argmax_N1.squeeze(-1), y_is_top_N, y_is_other_N) - others_N
@@ -585,10 +589,11 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
 
     mask_BT marks response tokens. `norm` divides the sum: the whole mini-batch's number of response tokens
     (dapo, gppo) or of responses (grpo, gspo); by default this call's own. cfg: algo, erc, eps_*, beta_*,
-    dual_clip, kl_coef, entropy_coef. metrics, over this call's tokens: the shares where the PPO clip binds
-    (ppo_clip), where ρ is below (erc_low) or above (erc_high) the band, and where ERC drops (erc_drop); mean
-    entropy; KL(π_old‖π_θ). Nats. With kappa_BT, the κ of `logp_entropy`, ERC is one-sided, as the PPO clip is:
-    out of the band it drops only what leads further out, to first order in the token's own logits. To a list `tokens` it appends what decided on each token, (len(TOKENS), N)."""
+    dual_clip, kl_coef, entropy_coef. Given kappa_BT, the κ of `logp_entropy`, ERC is one-sided: out of the
+    band it drops only what leads further out, to first order in the token's own logits. metrics, over this
+    call's tokens: the shares where the PPO clip binds (ppo_clip), where ρ is below (erc_low) or above
+    (erc_high) the band, and where ERC drops (erc_drop); mean entropy; KL(π_old‖π_θ). Nats. To a list `tokens`
+    it appends what decided on each token, (len(TOKENS), N)."""
     mask_BT, A_B1 = mask_BT.bool(), advantages_B[:, None]
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                                     # |y_i|
     # Padding may hold anything; e^±20 bounds r, so that no 0 · ∞ gets into the gradient.
@@ -1343,7 +1348,8 @@ def build_tiny(path, target=0.28):
         samples = []
         for a, b in rng.choices(train, k=128):
             near = rng.choice([-2, -1, 1, 2])
-            samples.append(solved(a, b, rng.choice([0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, 10, near])))
+            slips = [0, -10, -10, near] if a % 10 + b % 10 > 9 else [0, 10, near]
+            samples.append(solved(a, b, rng.choice(slips)))
         logp_BT, _, mask_BT, _ = forward(model, samples, cfg)
         (-logp_BT[mask_BT].mean()).backward()
         optimizer.step()
