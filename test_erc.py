@@ -400,7 +400,7 @@ def test_an_update_equals_eq_9_token_by_token(loaded, mode):
     expected, dropped, clipped = brute_force(model, groups, cfg)
     moved = (expected - torch.cat([p.detach().flatten() for p in model.parameters()]).double()).abs().max()
     assert dropped > 5 and clipped > 0 and moved > 1e-3                     # the case has something to clip
-    assert (got - expected).abs().max() < 2e-6 + 1e-5 * moved               # what one-sided ERC keeps may be large
+    assert (got - expected).abs().max() < 2e-6 + 1e-4 * moved               # what one-sided ERC keeps may be large
     tokens = sum(len(s.response) for group in groups for s in group)
     assert metrics["erc_drop"] * tokens == pytest.approx(dropped)
     assert (metrics["erc_low"] + metrics["erc_high"] > metrics["erc_drop"]) == (mode == "one-sided")
@@ -411,13 +411,13 @@ def test_an_update_equals_eq_9_token_by_token(loaded, mode):
 def test_the_gradient_does_not_depend_on_micro_batches_or_order(loaded, algo):
     model, groups = loaded[0], make_groups(loaded[0])
     cfg = Config(**SGD | dict(algo=algo, nll_coef=0.1, kl_coef=0.1, entropy_coef=0.01))
-    whole, _ = after_update(model, groups, cfg)
+    whole, _ = after_update(model, groups, cfg, lr=1e-3)
     moved = (whole - torch.cat([p.detach().flatten() for p in model.parameters()])).abs().max()
     for budget in 1, 25, 60:                                                # one sample a micro-batch; a few; uneven
         cfg.micro_tokens = budget
-        assert (after_update(model, groups, cfg)[0] - whole).abs().max() < 2e-6 + 1e-5 * moved
+        assert (after_update(model, groups, cfg, lr=1e-3)[0] - whole).abs().max() < 2e-6 + 1e-4 * moved
     swapped = [group[::-1] for group in (groups[1], groups[0], groups[3], groups[2])]
-    assert (after_update(model, swapped, cfg)[0] - whole).abs().max() < 2e-6 + 1e-5 * moved
+    assert (after_update(model, swapped, cfg, lr=1e-3)[0] - whole).abs().max() < 2e-6 + 1e-4 * moved
 
 
 def test_eos_is_in_the_loss_and_prompt_and_padding_are_not(loaded):
@@ -1525,8 +1525,9 @@ def test_toy_bandit_claims_hold_and_the_seed_fixes_the_output(tmp_path, capsys):
     assert status == 0 and "all claims hold" in text and "gradient: DAPO 0.965, ERC-DAPO 0.000" in text, text
     assert (tmp_path / "figures/toy.png").stat().st_size > 50_000
     assert toy(tmp_path, capsys) == (status, text)
-    other = toy(tmp_path, capsys, "--seed", "7")
-    assert other[0] == 0 and other[1] != text
+    def dropped(text): return float(re.search(r"ERC-DAPO .* (\S+)%", text.split("2. ")[1])[1])
+    other = toy(tmp_path, capsys, "--seed", "7", "--erc-mode", "one-sided")  # lets samples back, and its claims hold, too
+    assert other[0] == 0 and 20 < dropped(other[1]) < 0.8 * dropped(text)
 
 
 @pytest.mark.parametrize("broken", [without_erc, inverted_erc])
