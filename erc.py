@@ -25,9 +25,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long sp
 import argparse, inspect, json, logging, math, random, re, resource, shutil, signal, statistics, sys, time
 import multiprocessing as mp
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
@@ -78,7 +79,7 @@ class Config:  # the comments are the text of --help
     # the objective
     algo: str = "dapo"                 # grpo (eq. 5) | dapo (eq. 6) | gppo (eq. 7) | gspo (§5.7)
     erc: bool = True                   # drop tokens whose entropy ratio left the band (eq. 9)
-    erc_mode: str = "two-sided"        # two-sided (eq. 9) | one-sided: drop only what leads further out (ours)
+    erc_mode: str = "two-sided"        # two-sided (eq. 9) | one-sided: drop only what leads away (ours)
     eps_low: float = None              # PPO-clip at r = 1 - ε_low; default 0.2, gspo 3e-4
     eps_high: float = None             # PPO-clip at r = 1 + ε_high; default 0.2, dapo 0.28, gspo 4e-4
     beta_low: float = 0.05             # ERC keeps ρ > 1 - β_low (§4.1)
@@ -127,7 +128,7 @@ class Config:  # the comments are the text of --help
 
 INF = math.inf
 RANGES = dict(
-    eps_low=(0, 1), eps_high=(0, INF), beta_low=(0, INF), beta_high=(0, INF), dual_clip=(0, INF),
+    eps_low=(0, 1), eps_high=(0, INF), beta_low=(1e-9, INF), beta_high=(1e-9, INF), dual_clip=(0, INF),
     kl_coef=(0, INF), entropy_coef=(-INF, INF), nll_coef=(0, INF), prompts_per_step=(WORLD, INF),
     group_size=(2, INF), oversample=(1, 100), max_rounds=(1, 1000), max_prompt_tokens=(1, INF),
     max_response_tokens=(1, INF), temperature=(0.01, 100), steps=(1, INF), lr=(0, 1), warmup_steps=(0, INF),
@@ -182,18 +183,21 @@ def parse_args(argv):
     """Command line -> Config: the preset's settings, overridden by explicit flags. Under --resume the base is
     the run's own config.json, which a flag may repeat but not change; UserError names what differs."""
     given = flags(Config, argv)
-    cfg = Config(**PRESETS.get(given.get("preset", "paper"), {}) | given)
-    if not cfg.resume:
-        return cfg
-    path = Path(cfg.out, "config.json")
+    if not given.get("resume"):
+        return Config(**PRESETS.get(given.get("preset", "paper"), {}) | given)
+    path = Path(given["out"] if "out" in given else Config(**given).out, "config.json")
     if not path.is_file():
         raise UserError(f"--resume: {path} not found; name the run's directory with --out")
-    saved, free = json.loads(path.read_text()), {"steps", "eval_every", "save_every", "out", "resume"}
-    differ = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})" for k, v in given.items()
-              if k not in free and getattr(cfg, k) != saved.get(k)]
-    if differ:
-        raise UserError(f"--resume: {path} was started with other settings: {', '.join(sorted(differ))}")
-    return Config(**saved | given)
+    free = {"steps", "eval_every", "save_every", "out", "resume"}
+    try:
+        saved = json.loads(path.read_text())
+        differ = [f"--{k.replace('_', '-')} {v} (was {saved.get(k)})" for k, v in given.items()
+                  if k not in free and v not in (saved.get(k), "auto")]
+        if differ:
+            raise UserError(f"--resume: {path} was started with other settings: {', '.join(sorted(differ))}")
+        return Config(**saved | given)
+    except (ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"--resume: {path} is damaged, or of another version ({first_line(e)}); put it back")
 
 
 # --------------------------------------------------------------------------------------------------- Problems
@@ -223,11 +227,14 @@ def problem_from(record, where):
     if not turns or not all(isinstance(x, str) and x.strip() for x in texts) or len(texts) < len(turns):
         raise UserError(f"{where}: field '{names[0]}' must be a non-empty string, or a list of chat messages")
     answers = answer if isinstance(answer, list) else [answer]
-    for a in answers or [None]:
-        if isinstance(a, bool) or not isinstance(a, (str, int, float)) or a != a or not str(a).strip():
+    # A float as a decimal: 1e-05 would be read as e - 5. GSM8K: "… #### answer".
+    plain = [format(Decimal(repr(a)), "f") if isinstance(a, float) else str(a) for a in answers]
+    plain = [text.split("####")[-1].strip() for text in plain]
+    for a, text in zip(answers or [None], plain or [""]):
+        if isinstance(a, bool) or not isinstance(a, (str, int, float)) or not text or (
+                isinstance(a, float) and not math.isfinite(a)):
             raise UserError(f"{where}: field '{names[1]}' must be a number, a non-empty string or a list")
-    answers = [str(a).split("####")[-1].strip() for a in answers]               # GSM8K: "… #### answer"
-    return Problem(turns if len(turns) > 1 else texts[0], answers if len(answers) > 1 else answers[0])
+    return Problem(turns if len(turns) > 1 else texts[0], plain if len(plain) > 1 else plain[0])
 
 
 def load_problems(source):
@@ -319,7 +326,7 @@ class Verifier:
     def __init__(self, workers=None, seconds=5.0, megabytes=4096):
         if not find_spec("math_verify"):
             raise UserError("math-verify is not installed: pip install math-verify")
-        # A fork server with all imports done: a worker starts in .1 s, not in the seconds torch takes to import,
+        # A fork server with all imports done: a worker starts in .1 s, not in the seconds of importing torch,
         # and inherits no GPU state.
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["torch.distributed", "math_verify"])
@@ -333,7 +340,7 @@ class Verifier:
         try:
             ours.recv()                                                     # its greeting
         except EOFError:
-            raise UserError("a verifier process ended at once: python -c 'import math_verify' should say why")
+            raise UserError("a verifier process ended at once: see above, or was this file edited meanwhile?")
         return ours
 
     def score(self, responses, answers):
@@ -432,15 +439,20 @@ class VLLMSampler:
 
     def __init__(self, path, max_tokens, eos, gpu_memory=0.6):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"          # the engine in this process: no IPC
-        os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = torch.get_float32_matmul_precision()  # or it sets its own
+        os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = torch.get_float32_matmul_precision()  # or it sets it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         self.eos, cuda = eos, torch.cuda.is_available()
         memory = dict(gpu_memory_utilization=gpu_memory) if cuda else dict(kv_cache_memory_bytes=1 << 30)
-        self.llm = LLM(model=str(path), dtype="bfloat16" if cuda else "float32", max_model_len=max_tokens,
-                       enforce_eager=not cuda, enable_sleep_mode=cuda, generation_config="vllm", seed=0,
-                       distributed_executor_backend="external_launcher" if WORLD > 1 else None,
-                       logprobs_mode="processed_logprobs", hf_overrides={"head_dtype": "float32"}, **memory)
+        try:
+            self.llm = LLM(
+                model=str(path), dtype="bfloat16" if cuda else "float32", max_model_len=max_tokens,
+                enforce_eager=not cuda, enable_sleep_mode=cuda, generation_config="vllm", seed=0,
+                distributed_executor_backend="external_launcher" if WORLD > 1 else None,
+                logprobs_mode="processed_logprobs", hf_overrides={"head_dtype": "float32"}, **memory)
+        except Exception as e:                                  # whatever stops an engine: memory, the model
+            raise UserError(f"vLLM does not start with {path} ({first_line(e)}); change --gpu-memory, lower "
+                            "--max-response-tokens, or take --sampler hf")
         self.sleep()
 
     def sleep(self):
@@ -460,8 +472,8 @@ class VLLMSampler:
         """n samples of each prompt (token ids) -> list[Sample], prompt by prompt. Temperature 0 is greedy."""
         import numpy as np
         from vllm import SamplingParams
-        torch.manual_seed(seed)                                 # vLLM draws from torch's own generator, and on
-        np.random.seed(seed % 2**32)                            # a GPU a seed for each request from numpy's
+        torch.manual_seed(seed)                         # vLLM draws from torch's own generator, and on a GPU
+        np.random.seed(seed % 2**32)                    # a seed for each request from numpy's
         params = SamplingParams(
             n=n if temperature else 1, temperature=temperature, top_p=top_p, top_k=0, min_p=0.0,
             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=None,
@@ -688,7 +700,11 @@ def encode(tokenizer, prompt):
     turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(t["content"] for t in turns) + "\n").input_ids
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    from jinja2 import TemplateError
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as e:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses {turns[0]} ({first_line(e)})")
     return tokenizer(text, add_special_tokens=False).input_ids         # the template has written the specials
 
 
@@ -852,7 +868,8 @@ def budget(model, cfg):
     c, cuda, n = model.config.get_text_config(), model.device.type == "cuda", model.num_parameters()
     tokens = max(cfg.micro_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens)
     # bytes a token within a layer: four tensors as wide as its MLP, about twenty as wide as the hidden state
-    layer = (2 if cuda else 4) * (4 * getattr(c, "intermediate_size", 4 * c.hidden_size) + 20 * c.hidden_size)
+    mlp = getattr(c, "intermediate_size", None) or 4 * c.hidden_size
+    layer = (2 if cuda else 4) * (4 * mlp + 20 * c.hidden_size)
     kept = layer * c.num_hidden_layers
     if cuda:                                     # gradient checkpointing: each layer's input, and one layer
         kept = 4 * c.hidden_size * c.num_hidden_layers + layer
@@ -879,16 +896,26 @@ def rehearse(model, optimizer, cfg):
         optimizer.step()                                                # allocates the moments, moves nothing
         logp_BT, entropy_BT, *_ = forward(model, micro, cfg)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
-    except torch.OutOfMemoryError:
-        raise UserError(f"{rows} × {size} tokens do not fit this GPU: lower --micro-tokens {cfg.micro_tokens} "
-                        f"or --max-response-tokens {cfg.max_response_tokens}")
+    except RuntimeError as e:                           # a CPU's allocator knows no OutOfMemoryError
+        if "memory" not in str(e):
+            raise
+        raise UserError(f"{rows} × {size} tokens do not fit this machine: lower --micro-tokens "
+                        f"{cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
     optimizer.zero_grad()
     optimizer.state.clear()
 
 
+def say(text):
+    """Print; where what reads it is gone (`| head`, a tee that Ctrl-C ended, too), the run goes on without."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
+
+
 HEADER = "  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds"
-FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss starts
-       at minus the mean advantage of its tokens, and ERC acts from the second update of a step on."""
+FIRST = """       Before the first update of a step r = ρ = 1 on every token (just checked). So the loss
+       starts at minus its tokens' mean advantage, and ERC acts from the second update of a step on."""
 
 
 def log_line(m):
@@ -926,7 +953,7 @@ def save_dir(path, *parts, **texts):
 def whole_file(path):
     """A file to write beside `path`, flushed to the disk, renamed over it at the end: never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
+    new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as f:
             yield f
@@ -1006,7 +1033,7 @@ def make_sampler(cfg, model, tokenizer, eos, longest):
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > context:
         raise UserError(f"prompt + response: {longest} tokens, but the context of {cfg.model} is {context}; "
-                        "lower --max-response-tokens")
+                        "lower --max-response-tokens (in training also --max-prompt-tokens)")
     if cfg.sampler == "vllm":
         return VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory)
     return HFSampler(model, eos, tokenizer.pad_token_id)
@@ -1017,8 +1044,12 @@ def setup(cfg):
     if Path(cfg.out, "checkpoint/state.pt").is_file() != cfg.resume:
         raise UserError(f"--resume: {cfg.out} has no checkpoint; start it without --resume" if cfg.resume else
                         f"{cfg.out} holds a run: go on with --resume, or name another directory with --out")
+    out = Path(cfg.out)
+    if not cfg.resume and (out.is_file() or (out / "model").exists() or
+                           (out / "config.json").exists() and not (out / "metrics.jsonl").exists()):
+        raise UserError(f"--out {out}: is a file or holds a model, which a run would overwrite; name another")
     device = start(cfg)
-    if RANK == 0 and cfg.model == PRESETS["tiny"]["model"] and not Path(cfg.model).is_dir():
+    if RANK == 0 and cfg.model == PRESETS["tiny"]["model"] and not (cfg.resume or Path(cfg.model).is_dir()):
         build_tiny(Path(cfg.model))
     gather(None)                                                            # the others wait for it
     problems, heldout = load_problems(cfg.data), load_problems(cfg.eval_data) if cfg.eval_data else []
@@ -1026,18 +1057,19 @@ def setup(cfg):
     limit, longest = cfg.max_prompt_tokens, cfg.max_prompt_tokens + cfg.max_response_tokens
     prompts, heldout = ([(ids, p.answer) for p in part if len(ids := encode(tokenizer, p.prompt)) <= limit]
                         for part in (problems, heldout))
-    if not prompts:
-        raise UserError(f"{cfg.data}: every prompt is longer than --max-prompt-tokens {limit}")
+    for name, left in ((cfg.data, prompts), *[(cfg.eval_data, heldout)] * bool(cfg.eval_data)):
+        if not left:
+            raise UserError(f"{name}: every prompt is longer than --max-prompt-tokens {limit}")
     sampler = make_sampler(cfg, model, tokenizer, eos, longest)     # before Adam: vLLM wants its share free
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
                                   fused=device.type == "cuda")              # unfused it copies the gradients
     updates, size = cfg.prompts_per_step // cfg.minibatch_prompts, cfg.minibatch_prompts * cfg.group_size
-    print(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on "
-          f"{f'{WORLD} × ' * (WORLD > 1)}{device}, sampler {cfg.sampler}\n"
-          f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
-          f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
-          f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
-          f"memory: {budget(model, cfg)}", flush=True)
+    say(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on "
+        f"{f'{WORLD} × ' * (WORLD > 1)}{device}, sampler {cfg.sampler}\n"
+        f"{cfg.data}: {len(prompts)} problems, {len(problems) - len(prompts)} left out as over {limit} "
+        f"tokens; {len(heldout)} held out\n{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} "
+        f"prompts × {cfg.group_size} samples a step, {updates} updates of {size} responses\n"
+        f"memory: {budget(model, cfg)}")
     rehearse(model, optimizer, cfg)
     return model, tokenizer, optimizer, sampler, Verifier(), prompts, heldout
 
@@ -1051,7 +1083,7 @@ def train(cfg):
     if heldout and not cfg.resume:
         rows = evaluate(sampler, verifier, tokenizer, heldout, 1, cfg.max_response_tokens)
         append(out / "metrics.jsonl", dict(step=0, accuracy=summary(rows)["accuracy"]))
-        print(f"held-out greedy accuracy before training: {summary(rows)['accuracy']:.3f}")
+        say(f"held-out greedy accuracy before training: {summary(rows)['accuracy']:.3f}")
     sampling, asked = True, []
     def checkpoint():
         if RANK == 0:
@@ -1059,14 +1091,15 @@ def train(cfg):
     def interrupt(number, _):
         asked.append(number)
         if not sampling and len(asked) == 1:            # weights are between two steps; the loop calls again
-            os.write(2, b"erc: the step ends first, in minutes at most; a second signal drops it\n")
+            with suppress(OSError):
+                os.write(2, b"erc: the step ends first, in minutes at most; a second signal drops it\n")
             return
         if len(asked) == 1:                             # weights are those after `step`: the samples go
             checkpoint()
         raise KeyboardInterrupt(128 + number)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    print(HEADER, flush=True)
+    say(HEADER)
     while step < cfg.steps:
         started = time.perf_counter()
         groups, shown, ahead, m = rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts)
@@ -1090,7 +1123,7 @@ def train(cfg):
         append(out / "metrics.jsonl", m)
         append(out / "samples.jsonl", dict(step=step, prompt=tokenizer.decode(shown.prompt),
                                            response=tokenizer.decode(shown.response), reward=shown.reward))
-        print(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""), flush=True)
+        say(log_line(m) + (f"\n{FIRST}" if step == 1 and "rho_p1" in m else ""))
         if bad == 3:
             raise UserError("no finite gradient in three steps; the last checkpoint is kept: lower --lr")
         if step % cfg.save_every == 0 or step == cfg.steps:
@@ -1101,7 +1134,7 @@ def train(cfg):
     if RANK == 0:
         save_dir(out / "model", model, tokenizer)
         plot([out], out)
-    print(f"done: {out}/model (Hugging Face format), metrics.jsonl, samples.jsonl, curves.png, tokens.png")
+    say(f"done: {out}/model (Hugging Face format), metrics.jsonl, samples.jsonl, curves.png, tokens.png")
 
 
 # ------------------------------------------------------------------------------------------------- Evaluation
@@ -1208,14 +1241,15 @@ def load_runs(paths):
     """Directories of runs -> {label: [(config, metrics, directory)]}. A label is the method with what differs
     among the configs and is no default; runs that differ in nothing but their seed share one."""
     runs, labels, default = [], {}, {f.name: f.default for f in fields(Config)}
-    for path in map(Path, paths):
+    for path in dict.fromkeys(Path(x).resolve() for x in paths):
         try:
-            cfg = json.loads((path / "config.json").read_text())
-            lines = [json.loads(x) for x in (path / "metrics.jsonl").read_text().splitlines()]
-        except (OSError, ValueError) as e:
+            cfg = default | json.loads((path / "config.json").read_text())
+            lines = (path / "metrics.jsonl").read_text().split("\n")[:-1]     # the last one may be cut off
+            lines = [json.loads(x) for x in lines]
+            own = {k: None for k, eps in zip(("eps_low", "eps_high"), EPS[cfg["algo"]]) if cfg[k] == eps}
+        except (OSError, ValueError, TypeError, KeyError) as e:
             raise UserError(f"{path}: holds no run ({first_line(e)})")
-        own = {k: None for k, eps in zip(("eps_low", "eps_high"), EPS[cfg["algo"]]) if cfg[k] == eps}
-        runs.append((default | cfg | own, lines, path))
+        runs.append((cfg | own, lines, path))
     differ = {k for k in default if len({cfg[k] for cfg, *_ in runs}) > 1}
     differ -= {"out", "resume", "preset", "eval_every", "save_every"}
     if differ != {"seed"}:
@@ -1235,14 +1269,16 @@ def table(labels):
         rows = []
         for _, lines, _ in runs:
             greedy = [m["accuracy"] for m in lines if "accuracy" in m] or [math.nan]
-            lines = [m for m in lines if m.get("updates")]
-            late, norms = lines[-max(1, len(lines) // 10):], sorted(x for m in lines for x in m["grad_norms"])
-            def mean(key, lines=lines): return sum(m[key] for m in lines) / max(1, len(lines))
-            rows.append([mean("reward", late), mean("entropy", late), *map(mean, (
+            every, lines = ([m for m in lines if m.get(key)] for key in ("step", "updates"))
+            norms = sorted(x for m in lines for x in m["grad_norms"]) or [math.nan]
+            def mean(key, lines=lines, parts=1):
+                late = lines[-max(1, len(lines) // parts):]
+                return statistics.fmean([m.get(key, math.nan) for m in late] or [math.nan])
+            rows.append([mean("reward", every, 10), mean("entropy", lines, 10), *map(mean, (
                 "rho_drift", "ppo_clip", "erc_low", "erc_high", "erc_drop")),
-                *(norms[(len(norms) - 1) * q // 100] for q in (50, 99, 100) if norms), greedy[-1]])
-        cells = [f"{statistics.fmean(x):.3f}" + (f" ± {statistics.stdev(x):.3f}" if len(x) > 1 else "")
-                 for x in zip(*rows)]
+                *(norms[(len(norms) - 1) * q // 100] for q in (50, 99, 100)), greedy[-1]])
+        spread = [f" ± {statistics.stdev(x):.3f}" if len(x) > 1 and sum(x) == sum(x) else "" for x in zip(*rows)]
+        cells = [f"{statistics.fmean(x):.3f}{pm}" for x, pm in zip(zip(*rows), spread)]
         print("|", " | ".join([label, str(len(runs)), *cells]), "|")
 
 
@@ -1279,8 +1315,14 @@ def token_panels(labels, path):
     """Figs. 1a, 1c, 3, 4 from tokens.npz, all updates of one step: a row for a label, its first run."""
     import numpy as np
     from matplotlib.figure import Figure
-    shown = [(label, cfg, dict(np.load(run / "tokens.npz"))) for label, runs in labels.items()
-             for cfg, _, run in [r for r in runs if (r[2] / "tokens.npz").exists()][:1]]
+    shown = []
+    for label, runs in labels.items():
+        for cfg, _, run in [r for r in runs if (r[2] / "tokens.npz").exists()][:1]:
+            try:
+                tokens = np.load(run / "tokens.npz")
+                shown.append((label, cfg, {name: tokens[name] for name in TOKENS}))
+            except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+                raise UserError(f"{run}/tokens.npz is damaged, or of another version ({first_line(e)})")
     if not shown:
         return print(f"{path} is not drawn: a run has no tokens.npz before its first checkpoint")
     fig = Figure((19, 4.5 * len(shown)), layout="constrained")
@@ -1395,8 +1437,9 @@ def main(argv=None):
         print(f"erc: error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
-        if RANK == 0:
-            print("erc: interrupted; training goes on with --resume, eval if run again", file=sys.stderr)
+        with suppress(OSError):
+            if RANK == 0:
+                print("erc: interrupted; training goes on with --resume, eval if run again", file=sys.stderr)
         return e.args[0] if e.args else 130
 
 

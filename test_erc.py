@@ -864,7 +864,7 @@ KLEAR = {"data_source": "x", "prompt": [{"content": "Find x.", "role": "user"}],
 
 @pytest.mark.parametrize("record,problem", [
     ({"problem": "p", "answer": "a", "solution": "s"}, ("p", "a")), ({"question": "q", "answer": 27.0}, ("q", "27.0")),
-    ({"input": "i", "target": 3}, ("i", "3")), ({"question": "q", "final_answer": ["1", "2"]}, ("q", ["1", "2"])), (KLEAR, ("Find x.", "540")),
+    ({"input": "i", "target": 3}, ("i", "3")), ({"input": "i", "target": 1e-5}, ("i", "0.00001")), ({"input": "i", "target": 1e16}, ("i", "1" + "0" * 16)), ({"question": "q", "final_answer": ["1", "2"]}, ("q", ["1", "2"])), (KLEAR, ("Find x.", "540")),
     (KLEAR | {"prompt": KLEAR["prompt"] * 2}, (KLEAR["prompt"] * 2, "540")),
     ({"question": "q", "answer": "6 * 7 = 42\n#### 42"}, ("q", "42")), ({"problem": "é\u2028", "answer": ["x"]}, ("é\u2028", "x"))])
 def test_loaders_accept(tmp_path, record, problem):
@@ -913,6 +913,8 @@ def test_a_hub_data_set_that_cannot_be_had_is_named():
     (["--model", "none", "--data", "none.jsonl"], "none.jsonl: no such data file"),
     (["--model", "no/such-model", "--data", "good.jsonl"], "model no/such-model: cannot be loaded"),
     (["--model", "empty", "--data", "good.jsonl"], "model empty: cannot be loaded"),
+    (["--preset", "tiny", "--out", "good.jsonl"], "is a file or holds a model"), (["--preset", "tiny", "--out", "."], "is a file or holds a model"),
+    (["--preset", "tiny", "--out", "empty"], "is a file or holds a model"), (["--resume", "--out", "torn"], "torn/config.json is damaged"),
     (["eval"], "80 GB GPU"), (["eval", "--k", -1], "--k -1: must be between 0"), (["eval", "--lr", 1], "--lr"),
     (["eval", "--model", "empty", "--benchmarks", "good.jsonl,none.jsonl"], "none.jsonl: no such data file"),
     (["eval", "--model", "empty", "--benchmarks", "good.jsonl"], "model empty: cannot be loaded"),
@@ -923,7 +925,9 @@ def test_wrong_input_gets_one_line_and_exit_2(tmp_path, args, message):
     if torch.cuda.is_available() and "80 GB" in message:
         pytest.skip("this machine has a GPU")
     write(tmp_path / "good.jsonl", GOOD)
-    (tmp_path / "empty").mkdir()
+    for name, config in ("empty", "{}"), ("torn", '{"steps": 2,'), ("", ""), ("model", "{}"):   # "." holds a directory named model
+        (tmp_path / name).mkdir(exist_ok=True)
+        write(tmp_path / name / "config.json" if config else tmp_path / "other", config)
     done = (run if message.startswith("model") else call)(*args, cwd=tmp_path)      # libraries could say more, at their import, too
     assert done.returncode == 2 and done.stderr.startswith("erc: error: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
@@ -993,15 +997,41 @@ def test_resume_is_exact_and_refuses_other_settings(tiny, whole):
         f.write('{"step": 3}\n{"st')
     done = call(*args, "--steps", 4, cwd=tiny.cwd)
     assert done.returncode == 2 and "--resume" in done.stderr
+    config = tiny.cwd / "runs/two/config.json"
+    saved = config.read_text()
+    for damaged in saved[:99], "[]", saved.replace('"lr"', '"rl"'):
+        write(config, damaged)
+        done = call("--resume", "--out", "runs/two", cwd=tiny.cwd)
+        assert done.returncode == 2 and "two/config.json is damaged, or of another version" in done.stderr, done.stderr
+    write(config, saved)
     done = call("--resume", "--out", "runs/two", "--lr", 3e-4, "--steps", 4, cwd=tiny.cwd)
     assert done.returncode == 2 and "--lr 0.0003 (was 0.0001)" in done.stderr
-    done = run("--resume", "--out", "runs/two", "--steps", 4, cwd=tiny.cwd)
+    done = run("--resume", "--out", "runs/two", "--steps", 4, "--prompts-per-step", 16, cwd=tiny.cwd)       # may be repeated
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, tiny.cwd / "runs/two", but=("seconds", "accuracy"))  # which step 2, then the last one, has, too
 
 
-@pytest.mark.parametrize("flags", [["--algo", "grpo"], ["--algo", "gppo", "--kl-coef", 0.1, "--dual-clip", 10],
-                                   ["--algo", "gspo", "--no-erc", "--entropy-coef", 0.01, "--nll-coef", 0.1, "--temperature", 0.8]])
+SWITCHES = [["--algo", "grpo"], ["--algo", "gppo", "--kl-coef", 0.1, "--dual-clip", 10],
+            ["--algo", "gspo", "--no-erc", "--entropy-coef", 0.01, "--nll-coef", 0.1, "--temperature", 0.8]]
+
+
+def test_a_run_outlives_what_reads_its_lines(tiny):
+    """As under `| head -1`, or a tee that Ctrl-C has ended."""
+    command = [sys.executable, ROOT / "erc.py", *small(tiny), "--steps", 2, "--out", "runs/piped"]
+    with subprocess.Popen(list(map(str, command)), cwd=tiny.cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(120) == 0, process.stderr.read()
+    assert (tiny.cwd / "runs/piped/model").is_dir()
+
+
+def test_a_chat_template_that_refuses_is_named(loaded):
+    loaded[1].chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(UserError, match="chat template of .* refuses .*no system role"):
+        erc.encode(loaded[1], "7")
+
+
+@pytest.mark.parametrize("flags", SWITCHES)
 def test_every_switch_trains_on_another_model_and_data(tiny, flags):
     data = write(tiny.cwd / "own.json", json.dumps([{"question": f"{a}+{a}=", "answer": [2 * a, str(2 * a)]} for a in range(10, 40)]))
     out = f"runs/own-{flags[1]}"
@@ -1013,7 +1043,8 @@ def test_every_switch_trains_on_another_model_and_data(tiny, flags):
 
 # ---------------------------------------------------------------------------------------------------------- Drills
 
-SMALL = ["--preset", "tiny", "--sampler", "hf", "--prompts-per-step", 16, "--group-size", 4, "--minibatch-prompts", 8, "--eval-every", 3]
+SMALL = ["--preset", "tiny", "--sampler", "hf", "--prompts-per-step", 16, "--group-size", 4, "--minibatch-prompts", 8, "--eval-every", 3,
+         "--micro-tokens", 1024]
 
 
 def small(tiny):
@@ -1073,14 +1104,14 @@ def kill_twenty_times(out, *base):
         pid, born, saves = go(out, "--steps", "1000", *["--resume"] * state.exists()), time.monotonic(), rng.randint(1, 3)
         moment, last = born + rng.uniform(0, 5), False
         while saves if i % 2 else time.monotonic() < moment:
-            new = state.with_suffix(".new").exists()
+            new = state.with_name("state.pt.new").exists()
             saves, last = saves - (new and not last), new
             time.sleep(0.0005)
             assert time.monotonic() < born + 60 and os.waitpid(pid, os.WNOHANG) == (0, 0), Path(f"{out}.log").read_text()
         time.sleep(rng.uniform(0, 0.01))
         os.kill(pid, signal.SIGKILL)
         assert status_of(pid) == -9
-        inside += state.with_suffix(".new").exists()
+        inside += state.with_name("state.pt.new").exists()
     steps = str(torch.load(state, weights_only=True)["step"] + 2)
     assert status_of(go(out, "--steps", steps, "--resume")) == 0 and status_of(go(f"{out}-whole", "--steps", steps)) == 0
     print(inside, steps)
@@ -1148,7 +1179,7 @@ def fill_the_disk(out, *base):
         pid = life([*args, "--resume", "--steps", steps], log, lambda: erc.resource.setrlimit(erc.resource.RLIMIT_FSIZE, (limit, limit)))
         said = [line for line in Path(log).read_text().splitlines() if "rror" in line] if status_of(pid) == 2 else Path(log).read_text()
         assert len(said) == 1 and said[0].startswith("erc: error: ") and named in said[0] and "disk full?" in said[0], (limit, said)
-        assert state.read_bytes() == before and not list(Path(out).rglob("state.new"))
+        assert state.read_bytes() == before and not list(Path(out).rglob("state.pt.new"))
     data = Path(base[base.index("--data") + 1])
     text = data.read_text()
     data.write_text(text + GOOD)                                            # and a changed data file is refused
@@ -1319,7 +1350,7 @@ def test_drill_every_step_skipped(tiny):
     """All wrong, again and again: each step says so, the weights stay, and the run saves, resumes and ends."""
     data = write(tiny.cwd / "impossible.jsonl", json.dumps({"problem": "12+34=", "answer": "no number"}))
     out = tiny.cwd / "runs/none"
-    alone(skip_every_step, out, *small(tiny), "--data", data)
+    alone(skip_every_step, out, *small(tiny), "--data", data, "--overlong-buffer", 0)
     assert Path(f"{out}.log").read_text().count("skipped: no group has rewards that differ") == 4
     assert [(m["step"], m["groups"], m["reward"]) for m in records(out)[1:]] == [(n, 0, 0.0) for n in (1, 2, 3, 4)]
     model, base = (erc.load_model(p, torch.device("cpu"))[0] for p in (out / "model", tiny.base))
@@ -1517,6 +1548,11 @@ def test_plot_draws_runs_and_prints_their_means(tiny, tmp_path):
     reward, norms = metrics[-1]["reward"], sorted(x for m in metrics[1:] for x in m["grad_norms"])
     row = [c.strip() for c in next(x for x in done.stdout.splitlines() if x.startswith("| GPPO")).split("|")[2:-1]]
     assert row[:2] == ["1", f"{reward + 3:.3f}"] and row[-2:] == [f"{norms[-1]:.3f}", f"{metrics[-1]['accuracy']:.3f}"]
+    for run_, lines in (runs[0], metrics[:1]), (runs[1], [m for m in metrics if m.pop("accuracy", 1)]):  # no step yet, no held-out data
+        write(run_ / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines) + '{"torn')
+    begun = call("plot", *runs[:2], runs[3], "--out", tmp_path / "begun", cwd=tmp_path)
+    row_ = next(x for x in begun.stdout.splitlines() if x.startswith("| ERC-DAPO |")).split("|")[2:-1]
+    assert begun.returncode == 0 and [c.strip() for c in row_] == ["2"] + ["nan"] * 11, begun.stdout + begun.stderr
     rows = next(x for x in done.stdout.splitlines() if x.startswith("| ERC-DAPO |"))
     assert f"| 3 | {reward + 1 / 3:.3f} ± {3**-0.5:.3f} |" in rows         # runs at 0, 1 and 0: mean 1/3, s.d. 1/sqrt(3)
 
