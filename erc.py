@@ -704,7 +704,7 @@ def encode(tokenizer, prompt):
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as e:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses {turns[0]} ({first_line(e)})")
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses {str(turns)[:60]} ({first_line(e)})")
     return tokenizer(text, add_special_tokens=False).input_ids         # the template has written the specials
 
 
@@ -897,7 +897,7 @@ def rehearse(model, optimizer, cfg):
         logp_BT, entropy_BT, *_ = forward(model, micro, cfg)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     except RuntimeError as e:                           # a CPU's allocator knows no OutOfMemoryError
-        if "memory" not in str(e):
+        if not re.search("out of memory|allocate memory", str(e)):
             raise
         raise UserError(f"{rows} × {size} tokens do not fit this machine: lower --micro-tokens "
                         f"{cfg.micro_tokens} or --max-response-tokens {cfg.max_response_tokens}")
@@ -1078,13 +1078,12 @@ def train(cfg):
     """The whole run: cfg.steps times rollout -> update -> sync -> log -> save."""
     model, tokenizer, optimizer, sampler, verifier, prompts, heldout = setup(cfg)
     out, tokens_KN, problems = Path(cfg.out), None, crc32(repr((prompts, heldout)).encode())
-    step, cursor, bad = begin(cfg, out, model, optimizer, problems)
+    (step, cursor, bad), sampling, asked = begin(cfg, out, model, optimizer, problems), True, []
     sampler.load_weights(model)
     if heldout and not cfg.resume:
         rows = evaluate(sampler, verifier, tokenizer, heldout, 1, cfg.max_response_tokens)
         append(out / "metrics.jsonl", dict(step=0, accuracy=summary(rows)["accuracy"]))
         say(f"held-out greedy accuracy before training: {summary(rows)['accuracy']:.3f}")
-    sampling, asked = True, []
     def checkpoint():
         if RANK == 0:
             save(out, model, optimizer, tokens_KN, step=step, cursor=cursor, bad=bad, problems=problems)

@@ -1548,11 +1548,11 @@ def test_plot_draws_runs_and_prints_their_means(tiny, tmp_path):
     reward, norms = metrics[-1]["reward"], sorted(x for m in metrics[1:] for x in m["grad_norms"])
     row = [c.strip() for c in next(x for x in done.stdout.splitlines() if x.startswith("| GPPO")).split("|")[2:-1]]
     assert row[:2] == ["1", f"{reward + 3:.3f}"] and row[-2:] == [f"{norms[-1]:.3f}", f"{metrics[-1]['accuracy']:.3f}"]
-    for run_, lines in (runs[0], metrics[:1]), (runs[1], [m for m in metrics if m.pop("accuracy", 1)]):  # no step yet, no held-out data
-        write(run_ / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines) + '{"torn')
+    for path, lines in (runs[0], metrics[:1]), (runs[1], [m for m in metrics if m.pop("accuracy", 1)]):  # no step yet, no held-out data
+        write(path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in lines) + '{"torn')
     begun = call("plot", *runs[:2], runs[3], "--out", tmp_path / "begun", cwd=tmp_path)
-    row_ = next(x for x in begun.stdout.splitlines() if x.startswith("| ERC-DAPO |")).split("|")[2:-1]
-    assert begun.returncode == 0 and [c.strip() for c in row_] == ["2"] + ["nan"] * 11, begun.stdout + begun.stderr
+    cells = next(x for x in begun.stdout.splitlines() if x.startswith("| ERC-DAPO |")).split("|")[2:-1]
+    assert begun.returncode == 0 and [c.strip() for c in cells] == ["2"] + ["nan"] * 11, begun.stdout + begun.stderr
     rows = next(x for x in done.stdout.splitlines() if x.startswith("| ERC-DAPO |"))
     assert f"| 3 | {reward + 1 / 3:.3f} ± {3**-0.5:.3f} |" in rows         # runs at 0, 1 and 0: mean 1/3, s.d. 1/sqrt(3)
 
