@@ -755,8 +755,8 @@ KINDS = dict(json="json", jsonl="json", parquet="parquet", csv="csv", arrow="arr
 
 
 def unpacked(value):
-    """A JSON text of an object, messages or alternative answers -> what it holds. But "[1, 2]" stays,
-    as it is an interval."""
+    """A JSON text of an object, messages or alternative answers -> what it holds. But "[1, 2]" is
+    an interval, and stays."""
     try:
         packed = isinstance(value, str) and value.strip()[:1] in ("[", "{")
         held = json.loads(value) if packed else value
@@ -1330,22 +1330,25 @@ def step_memory(model, precision, tokens):
 
 
 def plan_memory(model, cfg, longest):
-    """Set cfg.micro_tokens, if it is 0, to the largest budget that fits -> the line to print. UserError
-    if it does not fit, or not even one row of `longest` tokens does."""
+    """Set cfg.micro_tokens, if it is 0, to the largest budget that fits -> the line to print.
+    UserError if it does not fit, or not even one row of `longest` tokens does."""
     gather("all have loaded their weights")
     free, gpu = min(gather(free_memory(model.device))) / 2**30, model.device.type == "cuda"
     rows = math.ceil(cfg.minibatch_prompts * cfg.group_size / WORLD)
     tokens = max(longest, min(cfg.micro_tokens or rows * longest, rows * longest))
     parts = step_memory(model, cfg.precision, tokens)
     if cfg.sampler == "vllm":                                   # asleep, it still keeps 1 GiB
-        vllm = cfg.gpu_memory * torch.cuda.mem_get_info()[1] / 2**30 if gpu else 1 + parts["weights"]
-        need(vllm + parts["Adam"] < free, f"vLLM's {vllm:.1f} and Adam's {parts['Adam']:.1f} GiB are "
-             f"more than the {free:.1f} that are free: lower --gpu-memory {cfg.gpu_memory}")
+        vllm = 1 + parts["weights"]
+        if gpu:
+            vllm = cfg.gpu_memory * torch.cuda.mem_get_info()[1] / 2**30
+        need(vllm + parts["Adam"] < free,
+             f"vLLM's {vllm:.1f} and Adam's {parts['Adam']:.1f} GiB are more than the {free:.1f} "
+             f"that are free: lower --gpu-memory {cfg.gpu_memory}")
         free -= 1 if gpu else vllm
     # The allocators waste some. The weights are there on a GPU; on a CPU they are not read yet.
     room = 0.9 * (free + parts["weights"] * gpu)
     while sum(parts.values()) > room and rows > 1 and not cfg.micro_tokens:
-        rows = math.ceil(rows / 2)      # in halves, so that free memory rarely changes how it is cut
+        rows = math.ceil(rows / 2)      # in halves: free memory then rarely changes how it is cut
         tokens = rows * longest
         parts = step_memory(model, cfg.precision, tokens)
     line = " + ".join(f"{name} {size:.2f}" for name, size in parts.items())
@@ -1369,17 +1372,17 @@ def rehearse(model, optimizer, cfg, longest):
     T = min(L - 1, cfg.max_response_tokens)
     micro = [Sample([0] * (L - T), [0] * T, [], True)] * rows
     for group in optimizer.param_groups:
-        group["lr"] = 0.0                                       # `train` sets it before every update
+        group["lr"] = 0.0                                       # `train` sets it before an update
     with explained(f"{rows} × {L} tokens do not fit: lower --micro-tokens {cfg.micro_tokens} or "
                    f"--max-response-tokens {cfg.max_response_tokens}"):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        optimizer.step()                                        # allocates the moments, moves nothing
+        optimizer.step()                                        # allocates moments, moves nothing
         logp_BT, entropy_BT, *_ = forward(model, micro, cfg)
         (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
     optimizer.zero_grad()
-    for state in optimizer.state.values():                      # the moments stay in place: later they
-        state["step"].zero_()                                   # would lie amid memory for vLLM
+    for state in optimizer.state.values():                      # the moments stay in place: made
+        state["step"].zero_()                                   # later, they lie amid vLLM's memory
 
 
 LOGS = "metrics.jsonl", "samples.jsonl"

@@ -837,7 +837,7 @@ def test_reward_table(verifier):
     assert right(verifier, ["9", "007", "7", ""], lists) == ["9", "007"]
 
 
-BOXED = r"""\boxed{1} and \boxed{2} → 2 ¦ \boxed{1}</think> no box → ¦ a</think>\boxed{1}</think>\boxed{2} → 2
+BOXED = r"""\boxed{1} and \boxed{2} → 2 ¦ a</think>\boxed{1}</think> none → ¦ \boxed{1}</think>\boxed{2} → 2
 46 → ¦ \boxed{1 → ¦ \ → ¦ \boxed{\frac{1}{2}} { → \frac{1}{2} ¦ \boxed{\{1,2\}} → \{1,2\} ¦ \boxed {3} → 3
 \boxed{\left\{1\right.} → \left\{1\right. ¦ \boxed{1}\boxed{2 → ¦ \boxed{a\\} → a\\ ¦ \boxed{\boxed{5}} → 5"""
 
@@ -961,9 +961,9 @@ RECORDS = [  # record, prompt, answer
     (KLEAR | dict(prompt=[USER, USER]), [USER, USER], "540"), (dict(messages=BEGUN, answer=5), BEGUN, "5"),
     (dict(prompt=json.dumps([USER]), reward_model='{"ground_truth": "540"}'), "Find x.", "540"),
     (dict(input="p", answer='["1", "2"]'), "p", ["1", "2"]), (dict(input="p", label="[1, 2]"), "p", "[1, 2]"),
-    (dict(question="q", answer="6 * 7\n#### 42"), "q", "42"), (dict(input="p", answer=None, label=0), "p", "0"),
+    (dict(input="q", answer="6 * 7\n#### 42"), "q", "42"), (dict(input="p", answer=None, label=0), "p", "0"),
     (dict(problem="p", solution=r"\boxed{1}, no: \boxed{\frac12}."), "p", r"\frac12"),
-    (dict(input="q", choices=["1", "2"], answer=2), "q", "2"), (dict(input="p", answer=r"\boxed{7}"), "p", "7")]
+    (dict(input="q", choices=["1", "2"], label=2), "q", "2"), (dict(input="p", label=r"\boxed{7}"), "p", "7")]
 
 
 def test_records_that_are_problems(tmp_path):
