@@ -580,6 +580,35 @@ def test_the_rehearsal_leaves_weights_and_optimizer_as_they_were(loaded, monkeyp
     assert not any(x.any() for state in optimizer.state.values() for x in state.values())
 
 
+def test_memory_is_planned_from_the_data_and_what_is_free(loaded, monkeypatch):
+    def planned(mib, **settings):
+        monkeypatch.setattr(erc, "free_memory", lambda device: mib * 2**20)
+        cfg = Config(model="m", sampler="hf", minibatch_prompts=4, max_response_tokens=400, **settings)
+        erc.plan_memory(loaded[0], cfg, longest=500)
+        return cfg.micro_tokens
+    assert planned(9000) == 32 * 500                                # at most a mini-batch
+    budgets = [planned(mib) for mib in (200, 100, 60)]
+    assert budgets == sorted(budgets, reverse=True) and 500 <= budgets[-1] < budgets[0] < 32 * 500
+    assert planned(9000, micro_tokens=1234) == 1234
+    refused = (25, {}, "--max-response-tokens"), (60, dict(micro_tokens=9000), "--micro-tokens"), (5, {}, "--model")
+    for mib, settings, advice in refused:
+        with pytest.raises(UserError, match=advice):
+            planned(mib, **settings)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plan_bounds_what_autograd_saves(loaded, precision):
+    model, storages = loaded[0], set()                              # a view has its tensor's storage
+    def keep(x):
+        storages.add(x.untyped_storage())
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), erc.autocast(model.device, precision):
+        model.base_model(input_ids=torch.zeros(4, 250, dtype=torch.long), use_cache=False)
+    storages -= {p.untyped_storage() for p in model.parameters()}
+    saved = sum(storage.nbytes() for storage in storages) / 2**30
+    assert saved < erc.step_memory(model, precision, 1000)["activations"] < 1.5 * saved
+
+
 def test_micro_batches_fit_the_budget_and_lose_nothing():
     samples = [Sample([0] * (1 + i % 7), [0] * (1 + i * 5 % 40), [], False) for i in range(100)]
     for budget in 1, 50, 500, 10**6:
@@ -815,6 +844,29 @@ REJECTED = r"""
 46 ≟ 47   46 ≟ 4   46 ≟ 46.1   46 ≟ x   3 ≟ -3   10 ≟ 01   3.14159 ≟ \pi   \frac13 ≟ 0.33
 (1,2) ≟ (2,1)   [0,1] ≟ [0,1)   46 ≟ 46, 47   46 ≟ 46 \text{ or } 47   46 ≟ \text{forty-six or so}
 """
+# Usual spellings: Unicode, digit groups, styles, units, mixed numbers, choices, words; and what looks like them.
+SPELLED = r"""
+-5 ≟ −5   \sqrt{12} ≟ √12   \frac{\sqrt{3}}{2} ≟ √(3)/2   2\pi r ≟ 2πr   6 ≟ 2×3   [3,\infty) ≟ x ≥ 3
+(-\infty,2)\cup(3,\infty) ≟ (−∞,2)∪(3,∞)   x^{12}+1 ≟ x¹²+1   10^{-3} ≟ 10⁻³   5/2 ≟ 2½   -3/4 ≟ -¾
+12 ≟ １２   1234567 ≟ 1\,234\,567   1234567 ≟ 1~234~567   12345 ≟ 12,\!345   1000\pi ≟ 1,000\pi
+1000 ≟ x = 1,000   (1, 234) ≟ (1,234)   12 ≟ 12 .   7 ≟ $7.$   even ≟ even.
+\frac{1}{2} ≟ \boldsymbol{\frac{1}{2}}   5 ≟ {\bf 5}   (1,2) ≟ \left( 1,\, 2 \right)   5 ≟ 5~\mathrm{km/h}
+5 ≟ 5\text{m/s}^2   5 ≟ 5cm   1250 ≟ \$1,250   18 ≟ 18 €   12\pi ≟ 12π cm²   20 ≟ 20^\circ\text{C}
+9 cm ≟ 9   -7/3 ≟ -2 1/3   15/4 ≟ 3\,\frac{3}{4}   5/2 cm ≟ 2 1/2 cm   [1,2) ≟ [1;2)   \{1,2\} ≟ \{1; 2\}
+B ≟ \text{B: 12}   D ≟ \textbf{(D)}\ x^2+1   \textbf{(B)}\ 12 ≟ B   12 ≟ \textbf{(B)}\ 12
+x=1,y=2 ≟ \left\{\begin{array}{l}x=1\\y=2\end{array}\right.   (0,2] ≟ 0<x\le 2   -1 ≟ i^2
+\frac{3-i}{2} ≟ \frac32-\frac12 i   x+iy ≟ x + i y   No solution ≟ \text{no solution.}   xy ≟ yx
+2ab ≟ 2ba   Red, Blue ≟ blue, red
+"""
+MISSPELLED = r"""
+4 ≟ 4\text{ or seven}   4 ≟ 4 (or 7)   4 ≟ 4; 7   5 ≟ 5 million   4 ≟ at least 4   234 ≟ 1,234
+1234 ≟ (1,234)   1234 ≟ 1;234   12 ≟ 1, 2   2 ≟ 2½   21/2 ≟ 2½   1/3 ≟ 2 1/3   1, 2, 3 ≟ 1, 2
+1331, 1728 ≟ 1331   (-\infty,3] ≟ (-\infty;3)   [-1,1] ≟ -1<x<1   1 ≟ -1\le x\le 1
+x=1,y=2 ≟ \begin{cases}x=2\\y=1\end{cases}   2 ≟ \begin{cases}x=1\\y=2\end{cases}   A ≟ (A) 12 (B) 13
+A ≟ \text{A or B}   A ≟ not A   12 ≟ \textbf{(B)}\ 13   A ≟ (A)(A+1)   2 ≟ 2 i   3+4i ≟ 4+3i   no ≟ on
+listen ≟ silent   VI ≟ IV   ii ≟ -1   (ABC, DEF) ≟ (CBA, FED)   x = ABCD ≟ x = DCBA   2t ≟ 2   3ab ≟ 3
+6xyz ≟ 6   5 ≟ 5xy   25 ≟ 5 cm^2   1.2 ≟ 12.   \sqrt{1}2 ≟ √12   x2 ≟ x²   32 ≟ 3²   3.14 ≟ π
+"""
 
 
 @pytest.fixture(scope="session")
@@ -829,7 +881,7 @@ def right(verifier, boxes, references):
 
 
 def test_reward_table(verifier):
-    for table, accepted in (ACCEPTED, True), (REJECTED, False):
+    for table, accepted in (ACCEPTED, True), (REJECTED, False), (SPELLED, True), (MISSPELLED, False):
         pairs = [pair.split(" ≟ ") for line in table.split("\n") for pair in line.split("   ") if pair]
         references, boxes = zip(*pairs)
         assert right(verifier, boxes, references) == (list(boxes) if accepted else [])
@@ -839,6 +891,7 @@ def test_reward_table(verifier):
 
 BOXED = r"""\boxed{1} and \boxed{2} → 2 ¦ a</think>\boxed{1}</think> none → ¦ \boxed{1}</think>\boxed{2} → 2
 46 → ¦ \boxed{1 → ¦ \ → ¦ \boxed{\frac{1}{2}} { → \frac{1}{2} ¦ \boxed{\{1,2\}} → \{1,2\} ¦ \boxed {3} → 3
+\boxed 5 → 5 ¦ \boxed -3.5 → -3.5 ¦ \boxed A → A ¦ \fbox{5} → 5 ¦ \boxed{46}. No \boxed as asked → 46 ¦ \fboxsep 3 →
 \boxed{\left\{1\right.} → \left\{1\right. ¦ \boxed{1}\boxed{2 → ¦ \boxed{a\\} → a\\ ¦ \boxed{\boxed{5}} → 5"""
 
 
