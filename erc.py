@@ -595,8 +595,6 @@ def check_settings(cfg):
          f"be at least {WORLD}, the number of processes")
     need(cfg.overlong_buffer <= cfg.max_response_tokens,
          f"--overlong-buffer: must be at most --max-response-tokens {cfg.max_response_tokens}")
-    need(cfg.sampler != "vllm" or find_spec("vllm"),
-         "--sampler vllm: it is not installed; pip install vllm, or take --sampler hf")
     need(isinstance(unpacked(cfg.template_kwargs), dict),
          f"--template-kwargs {cfg.template_kwargs}: must be a JSON object")
     others = {path.name for path in Path(cfg.out).glob("*")} - {"config.json", *LOGS}
@@ -644,6 +642,8 @@ def start(cfg):
     """Join the other ranks, if there are any, and quieten the libraries -> this rank's device."""
     from transformers.utils import logging as transformers_logging
     cuda = torch.cuda.is_available()
+    need(cfg.sampler != "vllm" or find_spec("vllm"),
+         "--sampler vllm: it is not installed; pip install vllm, or take --sampler hf")
     need(cuda or cfg.model != Config.model,
          "no CUDA device: this run needs an 80 GB GPU; on a CPU, python erc.py --preset tiny")
     if cuda:
@@ -1263,6 +1263,8 @@ def load_model(path, device):
     need(not lost, f"model {path}: {len(lost)} of its tensors are missing, the first is {lost[:1]}")
     need(len(tokenizer) <= rows,
          f"model {path}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows}")
+    finite = all(p.isfinite().all() for p in model.parameters())
+    need(finite, f"model {path}: its weights hold NaN or infinity; get another copy")
     listed = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     need(eos, f"model {path}: neither tokenizer nor generation config has an end-of-sequence token")
@@ -1629,7 +1631,8 @@ def token_panels(labels, path):
                            label=f"{name}: {mask_N.mean():.1%}")
             ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
             ax.legend(markerscale=3, fontsize=8)
-        scatters[0].set(yscale="log", ylim=np.quantile(rho_N, (0.001, 0.999)))
+        lowest, highest = np.quantile(rho_N, (0.001, 0.999))
+        scatters[0].set(yscale="log", ylim=(0.99 * lowest, 1.01 * highest))
         low, p1, p50, p99, high = np.quantile(p_N / p_old_N, (0.001, 0.01, 0.5, 0.99, 0.999))
         histogram.hist(p_N / p_old_N, np.linspace(low, high, 80), log=True)
         histogram.set(xlabel="r", ylabel="tokens",
@@ -1731,7 +1734,11 @@ def main(argv=None):
                             help="responses a problem; 0: as in the paper (§4.1)")
             given = EVAL | vars(ap.parse_args(argv[1:]))
             given.setdefault("out", f"runs/eval-{Path(given.get('model', Config.model)).name}.json")
-            evaluation(Config(**given))
+            cfg = Config(**given)
+            least = min(cfg.group_size, cfg.max_response_tokens, cfg.temperature)
+            need(least >= 0 and cfg.temperature < math.inf,
+                 "--k, --max-response-tokens and --temperature: must be at least 0, and finite")
+            evaluation(cfg)
         else:
             train(parse_args(argv))
         return 0

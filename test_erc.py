@@ -590,8 +590,9 @@ def test_memory_is_planned_from_the_data_and_what_is_free(loaded, monkeypatch):
     budgets = [planned(mib) for mib in (200, 100, 60)]
     assert budgets == sorted(budgets, reverse=True) and 500 <= budgets[-1] < budgets[0] < 32 * 500
     assert planned(9000, micro_tokens=1234) == 1234
-    refused = (25, {}, "--max-response-tokens"), (60, dict(micro_tokens=9000), "--micro-tokens"), (5, {}, "--model")
-    for mib, settings, advice in refused:
+    refused = {"--max-response-tokens": (25, {}), "--micro-tokens": (60, dict(micro_tokens=9000)),
+               "--model": (5, {})}
+    for advice, (mib, settings) in refused.items():
         with pytest.raises(UserError, match=advice):
             planned(mib, **settings)
 
@@ -844,7 +845,7 @@ REJECTED = r"""
 46 ≟ 47   46 ≟ 4   46 ≟ 46.1   46 ≟ x   3 ≟ -3   10 ≟ 01   3.14159 ≟ \pi   \frac13 ≟ 0.33
 (1,2) ≟ (2,1)   [0,1] ≟ [0,1)   46 ≟ 46, 47   46 ≟ 46 \text{ or } 47   46 ≟ \text{forty-six or so}
 """
-# Usual spellings: Unicode, digit groups, styles, units, mixed numbers, choices, words; and what looks like them.
+# Usual spellings: Unicode, digit groups, styles, units, mixed numbers, choices, words; and their look-alikes.
 SPELLED = r"""
 -5 ≟ −5   \sqrt{12} ≟ √12   \frac{\sqrt{3}}{2} ≟ √(3)/2   2\pi r ≟ 2πr   6 ≟ 2×3   [3,\infty) ≟ x ≥ 3
 (-\infty,2)\cup(3,\infty) ≟ (−∞,2)∪(3,∞)   x^{12}+1 ≟ x¹²+1   10^{-3} ≟ 10⁻³   5/2 ≟ 2½   -3/4 ≟ -¾
@@ -891,7 +892,7 @@ def test_reward_table(verifier):
 
 BOXED = r"""\boxed{1} and \boxed{2} → 2 ¦ a</think>\boxed{1}</think> none → ¦ \boxed{1}</think>\boxed{2} → 2
 46 → ¦ \boxed{1 → ¦ \ → ¦ \boxed{\frac{1}{2}} { → \frac{1}{2} ¦ \boxed{\{1,2\}} → \{1,2\} ¦ \boxed {3} → 3
-\boxed 5 → 5 ¦ \boxed -3.5 → -3.5 ¦ \boxed A → A ¦ \fbox{5} → 5 ¦ \boxed{46}. No \boxed as asked → 46 ¦ \fboxsep 3 →
+\boxed 5 → 5 ¦ \boxed -3.5 → -3.5 ¦ \boxed A → A ¦ \fbox{5} → 5 ¦ \boxed{46}. \boxed it → 46 ¦ \fboxsep 3 →
 \boxed{\left\{1\right.} → \left\{1\right. ¦ \boxed{1}\boxed{2 → ¦ \boxed{a\\} → a\\ ¦ \boxed{\boxed{5}} → 5"""
 
 
