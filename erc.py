@@ -1315,7 +1315,9 @@ def step_memory(model, precision, tokens):
     V, D = model.get_output_embeddings().weight.shape
     mlp = getattr(config, "intermediate_size", None) or 4 * D
     weights, bits = 4 * model.num_parameters(), 32 if precision == "fp32" else 16
-    copies = 0 if bits == 32 else (weights - 4 * V * D) / 2     # autocast's, of the body's weights
+    copies = 0                                                  # autocast's, of the body's weights
+    if bits == 16:
+        copies = 2 * (model.base_model.num_parameters() - V * D)
     # A layer saves four tensors as wide as its MLP, in the body's precision, and some ten as wide
     # as its hidden state. The attention's matrix is never held: it is computed in tiles.
     layer = tokens * (36 * D + bits / 2 * mlp)
