@@ -1216,7 +1216,7 @@ class HeadStats(torch.autograd.Function):
         return g_hidden_ND, g_weight_VD.to(weight_VD.dtype), None, None, None, None, None
 
 
-def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=False, chunk=None,
+def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=False, chunk=256,
                 kappa=False):
     """log π(y), H[, κ] of softmax(lm_head(hidden) / temperature), as logp_entropy; nats, fp32.
 
@@ -1225,8 +1225,6 @@ def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=Fal
     head with a bias."""
     if getattr(lm_head, "bias", None) is not None:
         raise UserError("the model's output head has a bias, which is left out here: take another")
-    # A CPU's allocator keeps what is at most 32 MB for the next chunk; a GPU wants larger products.
-    chunk = chunk or max(1, (2**26 if hidden_ND.is_cuda else 2**23) // len(lm_head.weight))
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the head is fp32 in autocast, too
         return HeadStats.apply(hidden_ND, lm_head.weight, targets_N, temperature, entropy_grad,
                                chunk, kappa)
@@ -1311,7 +1309,7 @@ def free_memory(device):
 
 def step_memory(model, precision, tokens):
     """The peak of an update with micro-batches of so many tokens -> {part: GiB}, which add up."""
-    config, gpu = model.config.get_text_config(), model.device.type == "cuda"
+    config = model.config.get_text_config()
     V, D = model.get_output_embeddings().weight.shape
     mlp = getattr(config, "intermediate_size", None) or 4 * D
     weights, bits = 4 * model.num_parameters(), 32 if precision == "fp32" else 16
@@ -1322,7 +1320,7 @@ def step_memory(model, precision, tokens):
     # as its hidden state. The attention's matrix is never held: it is computed in tiles.
     layer = tokens * (36 * D + bits / 2 * mlp)
     # The head's gradient, five chunks of logits, three times the hidden states.
-    head = 4 * (V * D + 5 * min(tokens * V, 2**26 if gpu else 2**23) + 3 * tokens * D)
+    head = 4 * (V * D + 5 * min(tokens, 256) * V + 3 * tokens * D)
     saved = 1.2 * config.num_hidden_layers * layer + copies     # malloc adds about a fifth
     working = max(head, layer)
     if model.is_gradient_checkpointing:                         # only the layers' inputs are saved
