@@ -8,7 +8,7 @@
 The base model of these tests knows the form of an answer and no sums: a warm-up of seconds. Where a test
 needs rewards, every even number is right, so that about half of all responses earn one.
 """
-import ast, contextlib, copy, doctest, gzip, io, json, math, os, random, re, shlex, shutil, signal
+import ast, contextlib, copy, doctest, gzip, importlib.util, io, itertools, json, math, os, random, re, shlex, shutil, signal
 import subprocess, sys, time, traceback, warnings
 from importlib.metadata import distributions
 from pathlib import Path
@@ -857,7 +857,7 @@ SPELLED = r"""
 B ≟ \text{B: 12}   D ≟ \textbf{(D)}\ x^2+1   \textbf{(B)}\ 12 ≟ B   12 ≟ \textbf{(B)}\ 12
 x=1,y=2 ≟ \left\{\begin{array}{l}x=1\\y=2\end{array}\right.   (0,2] ≟ 0<x\le 2   -1 ≟ i^2
 \frac{3-i}{2} ≟ \frac32-\frac12 i   x+iy ≟ x + i y   No solution ≟ \text{no solution.}   xy ≟ yx
-2ab ≟ 2ba   Red, Blue ≟ blue, red
+2ab ≟ 2ba   Red, Blue ≟ blue, red   45^\circ ≟ 45º   60^\circ ≟ 60˚   -1500 ≟ -1.5e3   6 ≟ 6 \\
 """
 MISSPELLED = r"""
 4 ≟ 4\text{ or seven}   4 ≟ 4 (or 7)   4 ≟ 4; 7   5 ≟ 5 million   4 ≟ at least 4   234 ≟ 1,234
@@ -867,6 +867,7 @@ x=1,y=2 ≟ \begin{cases}x=2\\y=1\end{cases}   2 ≟ \begin{cases}x=1\\y=2\end{c
 A ≟ \text{A or B}   A ≟ not A   12 ≟ \textbf{(B)}\ 13   A ≟ (A)(A+1)   2 ≟ 2 i   3+4i ≟ 4+3i   no ≟ on
 listen ≟ silent   VI ≟ IV   ii ≟ -1   (ABC, DEF) ≟ (CBA, FED)   x = ABCD ≟ x = DCBA   2t ≟ 2   3ab ≟ 3
 6xyz ≟ 6   5 ≟ 5xy   25 ≟ 5 cm^2   1.2 ≟ 12.   \sqrt{1}2 ≟ √12   x2 ≟ x²   32 ≟ 3²   3.14 ≟ π
+cat ≟ act   1500 ≟ 1.5e2   2e3 ≟ 2000x
 """
 
 
@@ -1122,7 +1123,7 @@ def test_prompts_go_through_the_chat_template(loaded):
 
 
 @pytest.mark.parametrize("family,settings,name", [
-    ("Gemma2", dict(final_logit_softcapping=30.0), "final_logit_softcapping"), ("Phi", {}, "with a bias"),
+    ("Gemma2", dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
     ("Granite", dict(logits_scaling=3.0), "logits_scaling"), ("Cohere", dict(logit_scale=0.5), "logit_scale"),
     ("Granite", dict(logits_scaling=1.0), None), ("Qwen2", {}, None)])
 def test_models_whose_logits_are_changed_after_the_head_are_refused(family, settings, name):
@@ -1170,7 +1171,7 @@ def test_bad_models_are_named_in_one_line(tiny, tmp_path, change, message):
 
 WRONG = """--stpes 3 → --stpes ¦ --lr fast → --lr ¦ --lr nan → --lr nan ¦ --steps 0 → --steps 0
 --steps → --steps ¦ --group-size 1 → --group-size ¦ --eps-low -0.1 → --eps-low ¦ plot → RUN ¦ extra → extra
---minibatch-prompts 7 → --minibatch-prompts 7: must divide ¦ --minibatch-prompts 0 → --minibatch
+--minibatch-prompts 7 → multiple of --minibatch-prompts ¦ --minibatch-prompts 0 → --minibatch
 --algo ppo → --algo ¦ --erc-mode no → --erc-mode ¦ --preset huge → --preset ¦ --temperature 0 → --temp
 --sampler x → --sampler ¦ --precision fp8 → --precision ¦ --beta-high inf → --beta ¦ eval → --preset tiny
 eval --lr 1 → --lr ¦ --overlong-buffer 99999 → --overlong ¦ --template-kwargs [1] → [1] ¦  → --preset tiny
@@ -1714,32 +1715,42 @@ def test_eval_by_two_processes_is_that_of_one(tiny, four, tmp_path):
     assert len({str(row) for row in one}) > 1       # or any order would do
 
 
-def row_of(text, label):
-    line, = [line for line in text.splitlines() if line.startswith(f"| {label} |")]
-    return [cell.strip() for cell in line.split("|")[2:-1]]
-
-
-def test_plot_draws_runs_and_prints_their_means(four, tmp_path):
+def test_plot_draws_runs(four, tmp_path):
     metrics, runs = records(four.out), [tmp_path / name for name in ("dapo-1", "dapo-2", "erc-dapo-7")]
-    for i, path in enumerate(runs):
+    for path in runs:
         path.mkdir()
         shutil.copy(four.out / "config.json", path)
-        write_lines(path / "metrics.jsonl", [m | dict(reward=m.get("reward", 0) + i) for m in metrics])
+        write_lines(path / "metrics.jsonl", metrics)
     labels = erc.load_runs([*runs, runs[0]])        # named twice, drawn once
     assert {label: len(some) for label, some in labels.items()} == {"dapo": 2, "erc-dapo": 1}
     assert "tokens.png is not drawn" in succeeds(call("plot", *runs, "--out", "none", cwd=tmp_path))
-    shown = succeeds(call("plot", *runs, four.out, "--out", "all", cwd=tmp_path))
+    succeeds(call("plot", *runs, four.out, "--out", "all", cwd=tmp_path))
     for folder in four.out, tmp_path / "all":
         assert min((folder / name).stat().st_size for name in ("curves.png", "tokens.png")) > 30_000
-    header, dapo, erc_dapo = [row_of(shown, label) for label in ("run", "dapo", "erc-dapo")]
-    last, largest = metrics[-1], max(x for m in metrics[1:] for x in m["grad_norms"])
-    found = [erc_dapo[header.index(name)] for name in ("n", "reward", "accuracy", "max")]
-    assert found == ["1", f"{last['reward'] + 2:.3f}", f"{last['accuracy']:.3f}", f"{largest:.3f}"]
-    assert dapo[:2] == ["2", f"{last['reward'] + 1 / 2:.3f} ± {2**-0.5:.3f}"]   # at 0 and 1: s.d. sqrt(1/2)
     write(runs[0] / "metrics.jsonl", json.dumps(metrics[0]) + '\n{"torn')   # no step yet
-    assert row_of(succeeds(call("plot", runs[0], cwd=tmp_path)), "dapo")[:2] == ["1", "nan"]
+    succeeds(call("plot", runs[0], cwd=tmp_path))
     write(runs[2] / "tokens.npz", "junk")
     refuses(call("plot", runs[2], cwd=tmp_path), "tokens.npz is damaged")
+
+
+def test_compare_prints_intervals_and_paired_differences(tmp_path, capsys, monkeypatch):
+    """Rewards 1, 2, 3 and 2, 4, 3 of seeds 1, 2, 3: means 2 and 3, both s.d. 1, so ± 4.303 / sqrt 3 = 2.5;
+    the differences 1, 2, 0 have the mean 1 and the same s.d."""
+    rewards = {"a": (1, 2, 3), "b": (2, 4, 3)}
+    for name, seed in itertools.product(rewards, (1, 2, 3)):
+        step = dict(reward=rewards[name][seed - 1], accuracy=0.5, entropy=seed / 10, rho_drift=0, kl=0,
+                    erc_drop=0, ppo_clip=0, grad_norms=[1.0, 2.0, 6.0])
+        (tmp_path / f"{name}-{seed}").mkdir()
+        write(tmp_path / f"{name}-{seed}/config.json", json.dumps(dict(seed=seed)))
+        write_lines(tmp_path / f"{name}-{seed}/metrics.jsonl", [step | dict(step=k) for k in range(1, 21)])
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "figures/compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    compare.main(sorted(tmp_path.glob("*-?")), tmp_path / "compare.png")
+    header, _, *rows, line = [[cell.strip() for cell in row.split("|")] for row in capsys.readouterr().out.splitlines()]
+    a, b = [dict(zip(header, row)) for row in rows]
+    assert (a["reward"], b["reward"], b["Δ reward"], b["Δ accuracy"]) == ("2 ± 2.5", "3 ± 2.5", "1 ± 2.5", "0 ± 0")
+    assert (a["n"], a["grad p50"], a["max"]) == ("3", "2 ± 0", "6 ± 0") and (tmp_path / "compare.png").exists()
 
 
 # -------------------------------------------------------------------------------------- toy_bandit.py

@@ -1,0 +1,88 @@
+"""Methods side by side, several seeds each: a table with 95 % intervals, and compare.png.
+
+    python figures/compare.py RUN RUN ...
+
+Runs that differ in the number at the end of their directory's name are seeds of one method. The
+others are compared with the first method, seed by seed.
+"""
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import erc
+
+# Student's t, two-sided 95 %, by the number of seeds
+T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+KEYS = "reward accuracy entropy rho_drift kl erc_drop ppo_clip".split()
+
+
+def summary(metrics):
+    """One run: means over the last tenth of its steps; quantiles of the norms of all its updates."""
+    late = [m for m in metrics if m["step"] > 0.9 * metrics[-1]["step"]]
+    found = {key: statistics.fmean(m[key] for m in late if key in m) for key in KEYS}
+    norms = [norm for m in metrics for norm in m.get("grad_norms", [])]
+    return found | dict(zip(("grad p50", "p99", "max"), np.quantile(norms, (0.5, 0.99, 1))))
+
+
+def interval(values):
+    """Mean and half width of its 95 % interval."""
+    half = T[len(values)] * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+    return statistics.fmean(values), half
+
+
+def windows(metrics, size=10):
+    """e^H and reward, means of ten steps each."""
+    steps = [m for m in metrics if "entropy" in m]
+    parts = [steps[i:i + size] for i in range(0, len(steps) - size + 1, size)]
+    return np.array([[statistics.fmean(np.exp(m["entropy"]) for m in part),
+                      statistics.fmean(m["reward"] for m in part)] for part in parts])
+
+
+def main(paths, out):
+    methods = {name: {cfg["seed"]: metrics for cfg, metrics, _ in runs}
+               for name, runs in erc.load_runs(paths).items()}
+    base = next(iter(methods))
+    found = {name: {seed: summary(m) for seed, m in runs.items()} for name, runs in methods.items()}
+    # Cui et al. (2505.22617): R = -a e^H + b. How far does a method lie above the first one's line?
+    points = {name: [windows(m) for m in runs.values()] for name, runs in methods.items()}
+    slope, level = np.polyfit(*np.concatenate(points[base]).T, 1)
+    above = {name: [(w[:, 1] - slope * w[:, 0] - level).mean() for w in parts]
+             for name, parts in points.items()}
+
+    columns = list(next(iter(found[base].values())))
+    print(f"| | n | {' | '.join(columns)} | Δ reward | Δ accuracy | above the line |")
+    print("|" + "---|" * (len(columns) + 5))
+    for name, runs in found.items():
+        cells = [interval([run[column] for run in runs.values()]) for column in columns]
+        both = runs.keys() & found[base].keys()
+        for column in "reward", "accuracy":
+            cells.append(interval([runs[seed][column] - found[base][seed][column] for seed in both]))
+        cells.append(interval(above[name]))
+        print(f"| {name} | {len(runs)} |", " | ".join(f"{x:.3g} ± {half:.2g}" for x, half in cells), "|")
+    print(f"the line of {base}: reward = {slope:.2f} e^H + {level:.2f}")
+
+    fig = Figure((15, 1.5 + 0.3 * len(found)), layout="constrained")
+    *bars, line = fig.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
+    for ax, column in zip(bars, ("accuracy", "reward", "p99")):
+        ends = [interval([run[column] for run in runs.values()]) for runs in found.values()]
+        means, halves = zip(*ends)
+        ax.errorbar(means, range(len(found)), xerr=halves, fmt="o", ms=4, capsize=2, color=erc.COLOURS[0])
+        ax.axvline(means[0], color="0.7", lw=1, zorder=0)
+        ax.set(title=column, yticks=range(len(found)), ylim=(len(found) - 0.5, -0.5))
+        ax.set_yticklabels(found if ax is bars[0] else [])
+    bars[2].set(title="gradient norm, p99")
+    family = [name for name in methods if "dapo" in name] or [base]
+    for i, name in enumerate(family):
+        xy = np.mean([w for w in points[name]], axis=0)
+        line.plot(np.log(xy[:, 0]), xy[:, 1], ("-o", ":s")[i // 7], ms=3, color=erc.COLOURS[i % 7], label=name)
+    line.set(title="reward against entropy", xlabel="entropy (nats)", ylabel="reward")
+    line.legend(fontsize=7)
+    fig.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:], Path(__file__).with_name("compare.png"))
