@@ -66,7 +66,7 @@ EPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gppo": (0.2, 0.2), "gspo": (3e-
 @dataclass
 class Config:  # the comments are the text of --help
     preset: Literal["paper", "tiny"] = "paper"              # tiny: minutes on a CPU
-    model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # causal LM: hub id or directory (§4.1
+    model: str = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"  # causal LM: hub id, folder (§4.1)
     data: str = "Kwai-Klear/KlearReasoner-MathSub-30K"      # file, or ID[:CONFIG[:SPLIT]] (§4.1)
     eval_data: str = ""                 # held-out problems: greedy accuracy every eval_every steps
     prompt_field: str = ""              # of a record, a.b for b within a; default: the usual names
@@ -750,7 +750,7 @@ ANSWERS = ("answer final_answer target expected_answer ground_truth label "
            "reward_model.ground_truth solution")
 CHOICES = ("choices", "options", "endings")
 NO_ANSWER = {"", "proof", "notfound", "null", "nan", "n/a"}     # what data sets write for none
-KINDS = dict(json="json", jsonl="json", parquet="parquet", csv="csv", arrow="arrow")
+KINDS = dict(json="json", jsonl="json", ndjson="json", parquet="parquet", csv="csv", arrow="arrow")
 
 
 def unpacked(value):
@@ -815,12 +815,12 @@ def read_rows(source):
     exists = Path(source).exists()
     name, config, split = (source, "", "") if exists else (source + "::").split(":", 2)
     path, split = Path(name), split.rstrip(":") or "train"
-    kind = KINDS.get(path.name.removesuffix(".gz").rpartition(".")[2])
+    kind = KINDS.get(path.name.lower().removesuffix(".gz").rpartition(".")[2])
     need(path.exists() or not kind, f"{source}: no such data file")
     need(kind or not path.is_file(), f"{source}: of an unknown kind; known are {', '.join(KINDS)}")
     with explained(f"{source}: cannot be loaded; check name, split and network"):
         if kind == "json" and split == "train":
-            raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+            raw = gzip.open(path).read() if path.suffix.lower() == ".gz" else path.read_bytes()
             raw = raw.removeprefix(b"\xef\xbb\xbf")             # a byte order mark
             rows = json.loads(raw) if raw.lstrip().startswith(b"[") else raw.split(b"\n")
             return [(i, row) for i, row in enumerate(rows, 1) if row not in (b"", b"\r")]
@@ -954,7 +954,7 @@ def tidy(text):
 
 def words(text):
     """The words of an answer in words, as BDAC or no solution; None for a formula, as xy. A run of
-    letters is a word if it has a capital, or one of e, i, o, which hardly name a factor, or three."""
+    letters is a word if there are three, a capital, or one of e, i, o, which hardly name a factor."""
     letters = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[ ,.'-])*", text)
     if letters and re.search(r"[^\W\d_][A-Zeio]|[A-Zeio][^\W\d_]|[^\W\d_]{3}", text):
         return sorted(re.findall(r"[^\W\d_]+", part) for part in text.casefold().split(","))
@@ -1280,8 +1280,8 @@ def load_model(path, device):
 
 def check_head(model):
     """UserError if more is done to the logits than the head does: `token_stats` leaves it out."""
-    found = [f"{name} {value}" for name, value in vars(model.config.get_text_config()).items()
-             if re.search("logit.*(cap|scal)|head_mult", name) and value not in (None, 1)]
+    found = [f"{key} {value}" for key, value in vars(model.config.get_text_config()).items()
+             if re.match("(?!attn).*logit.*(cap|scal)|.*head_mult", key) and value not in (None, 1)]
     need(not found, f"model {model.name_or_path}: has {', '.join(found)}: the loss leaves that out")
 
 

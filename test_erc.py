@@ -8,8 +8,8 @@
 The base model of these tests knows the form of an answer and no sums: a warm-up of seconds. Where a test
 needs rewards, every even number is right, so that about half of all responses earn one.
 """
-import ast, contextlib, copy, doctest, gzip, importlib.util, io, itertools, json, math, os, random, re, shlex, shutil, signal
-import subprocess, sys, time, traceback, warnings
+import ast, contextlib, copy, doctest, gzip, importlib.util, io, itertools, json, math, os, random, re
+import shlex, shutil, signal, subprocess, sys, time, traceback, warnings
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -1062,9 +1062,9 @@ def test_files_of_every_kind_hold_the_same_problems(tmp_path, monkeypatch):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "folder").mkdir()
     for name, text in (("a.jsonl", "\n".join(lines)), ("a.json", "[" + ",\n".join(lines) + "]"),
-                       ("blank.json", "\n\n".join(lines) + "\n\n"), ("folder/train.jsonl", "\n".join(lines)),
+                       ("blank.ndjson", "\n\n".join(lines) + "\n"), ("folder/train.jsonl", "\n".join(lines)),
                        ("mark.json", "\ufeff[" + ",".join(lines) + "]"),
-                       ("windows.jsonl", "\ufeff" + "\r\n".join(lines) + "\r\n"),
+                       ("windows.JSONL", "\ufeff" + "\r\n".join(lines) + "\r\n"),
                        ("a.jsonl.gz", gzip.compress("\n".join(lines).encode()))):
         write(tmp_path / name, text)
     data = datasets.Dataset.from_list(rows)
@@ -1074,7 +1074,7 @@ def test_files_of_every_kind_hold_the_same_problems(tmp_path, monkeypatch):
     datasets.DatasetDict(train=data).save_to_disk(tmp_path / "dict")
     shutil.copy(next((tmp_path / "saved").glob("*.arrow")), tmp_path / "a.arrow")
     problems = [(row["question"], row["answer"]) for row in rows]
-    names = "a.jsonl a.json blank.json mark.json windows.jsonl a.jsonl.gz folder a.parquet a.csv a.arrow"
+    names = "a.jsonl a.json blank.ndjson mark.json windows.JSONL a.jsonl.gz folder a.parquet a.csv a.arrow"
     for name in [*names.split(), "saved", "dict"]:
         assert erc.load_problems(str(tmp_path / name)) == problems, name
     assert erc.load_problems(f"{tmp_path}/a.parquet::train[:1]") == problems[:1]
@@ -1124,6 +1124,7 @@ def test_prompts_go_through_the_chat_template(loaded):
 
 @pytest.mark.parametrize("family,settings,name", [
     ("Gemma2", dict(final_logit_softcapping=30.0), "final_logit_softcapping"),
+    ("Gemma2", dict(final_logit_softcapping=None), None),
     ("Granite", dict(logits_scaling=3.0), "logits_scaling"), ("Cohere", dict(logit_scale=0.5), "logit_scale"),
     ("Granite", dict(logits_scaling=1.0), None), ("Qwen2", {}, None)])
 def test_models_whose_logits_are_changed_after_the_head_are_refused(family, settings, name):
@@ -1747,10 +1748,11 @@ def test_compare_prints_intervals_and_paired_differences(tmp_path, capsys, monke
     compare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compare)
     compare.main(sorted(tmp_path.glob("*-?")), tmp_path / "compare.png")
-    header, _, *rows, line = [[cell.strip() for cell in row.split("|")] for row in capsys.readouterr().out.splitlines()]
-    a, b = [dict(zip(header, row)) for row in rows]
-    assert (a["reward"], b["reward"], b["Δ reward"], b["Δ accuracy"]) == ("2 ± 2.5", "3 ± 2.5", "1 ± 2.5", "0 ± 0")
-    assert (a["n"], a["grad p50"], a["max"]) == ("3", "2 ± 0", "6 ± 0") and (tmp_path / "compare.png").exists()
+    shown = [row.split(" | ") for row in capsys.readouterr().out.splitlines()]
+    a, b = [dict(zip(shown[0], row)) for row in shown[2:4]]
+    assert [a["reward"], b["reward"], b["Δ reward"]] == ["2 ± 2.5", "3 ± 2.5", "1 ± 2.5"]
+    assert [a["n"], a["grad p50"], a["max"], b["Δ accuracy"]] == ["3", "2 ± 0", "6 ± 0", "0 ± 0"]
+    assert (tmp_path / "compare.png").exists()
 
 
 # -------------------------------------------------------------------------------------- toy_bandit.py
