@@ -954,7 +954,7 @@ def tidy(text):
 
 def words(text):
     """The words of an answer in words, as BDAC or no solution; None for a formula, as xy. A run of
-    letters is a word if there are three, a capital, or one of e, i, o, which hardly name a factor."""
+    letters is a word if it has three, a capital, or one of e, i, o, which hardly name factors."""
     letters = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[ ,.'-])*", text)
     if letters and re.search(r"[^\W\d_][A-Zeio]|[A-Zeio][^\W\d_]|[^\W\d_]{3}", text):
         return sorted(re.findall(r"[^\W\d_]+", part) for part in text.casefold().split(","))
