@@ -1151,8 +1151,15 @@ def more_tokens(path):
     tokenizer.save_pretrained(path)
 
 
+def not_a_number(path):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"][7] = math.nan
+    save_file(weights, path / "model.safetensors", dict(format="pt"))
+
+
 @pytest.mark.parametrize("change,message", [
-    (lambda path: os.truncate(path / "model.safetensors", 10**6), "cannot be loaded"),
+    (not_a_number, "hold NaN"), (lambda path: os.truncate(path / "model.safetensors", 10**6), "cannot be loaded"),
     (lambda path: (path / "model.safetensors").unlink(), "no file named model.safetensors"),
     (edited(intermediate_size=512), "cannot be loaded"), (edited(model_type="no"), "cannot be loaded"),
     (edited(num_hidden_layers=4, layer_types=None), "12 of its tensors are missing"),
@@ -1180,7 +1187,7 @@ eval --lr 1 → --lr ¦ --overlong-buffer 99999 → --overlong ¦ --template-kwa
 --resume --out torn → torn/config.json ¦ --preset tiny --out good.jsonl → --out good.jsonl
 --preset tiny --out held → --out held ¦ --model no/such --data good.jsonl → model no/such: cannot be loaded
 --model torn --data good.jsonl → model torn: cannot be loaded ¦ plot torn → torn: holds no run
-eval --model torn --benchmarks good.jsonl → model torn: cannot be loaded""".replace("\n", " ¦ ").split(" ¦ ")
+eval --model torn --benchmarks good.jsonl → model torn: cannot be loaded ¦ eval --k -1 → --k""".replace("\n", " ¦ ").split(" ¦ ")
 
 
 @pytest.mark.parametrize("case", WRONG)
