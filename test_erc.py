@@ -1762,6 +1762,21 @@ def test_compare_prints_intervals_and_paired_differences(tmp_path, capsys, monke
     assert (tmp_path / "compare.png").exists()
 
 
+@slow
+def test_rounding_tells_what_the_precision_adds(tiny, tmp_path):
+    """In fp32 both looks at ρ are one and the same; bf16 logits move it by themselves."""
+    (tmp_path / "figures").mkdir()
+    for name in "erc.py", "figures/rounding.py":
+        shutil.copy(ROOT / name, tmp_path / name)
+    command = [sys.executable, tmp_path / "figures/rounding.py", tiny.base, tiny.train, "1e-5"]
+    shown = succeeds(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600))
+    rows = [row.split(" | ") for row in shown.splitlines() if row.startswith("| dithered")]
+    out = {row[2]: [float(cell.split()[0]) for cell in row[3:6]] for row in rows}
+    assert out["fp32"][0] == out["fp32"][1] and out["fp32"][2] == 1.0
+    assert out["bf16 body and logits"][2] < 0.97 < out["fp16 body"][2]      # the correlation of the two log ρ
+    assert [path.suffix for path in (tmp_path / "figures").glob("rounding-*")] == [".png"]
+
+
 # -------------------------------------------------------------------------------------- toy_bandit.py
 
 def without_erc(logp_BT, H_BT, old_logp_BT, old_H_BT, A_B, mask_BT, cfg, norm=None, kappa_BT=None):

@@ -88,17 +88,17 @@ def row(t):
             t["old_logp"][drop_N].median().exp(), t["old_entropy"][drop_N].median())
 
 
-def draw(found, lr, path):
-    """The share out of the band by update, of dithered weights."""
-    fig = Figure((8, 4.5), layout="constrained")
-    ax = fig.subplots()
-    for way, colour in zip(WAYS, erc.COLOURS):
-        for name, style, note in ("erc_drop", "-o", ""), ("erc_drop_fp32", ":s", ", its weights in fp32"):
-            shares = [torch.cat([t[name][t["update"] == k] for t in found["dithered", lr, way]]).mean()
-                      for k in range(1, 9)]
-            ax.plot(range(1, 9), shares, style, color=colour, ms=4, label=way + note)
-    ax.set(title=f"lr {lr:.0e}", xlabel="update", ylabel="share of tokens out of the band")
-    ax.legend(fontsize=8)
+def draw(found, lrs, path):
+    """The share out of the band by update, of dithered weights: a panel a learning rate."""
+    fig = Figure((4 * len(lrs) + 4, 4), layout="constrained")
+    panels = zip(fig.subplots(1, len(lrs), sharey=True, squeeze=False)[0], lrs)
+    lines = [("erc_drop", "-o", ""), ("erc_drop_fp32", ":s", ", its weights in fp32")]
+    for (ax, lr), (way, colour), (name, style, note) in itertools.product(panels, zip(WAYS, erc.COLOURS), lines):
+        shares = [torch.cat([t[name][t["update"] == k] for t in found["dithered", lr, way]]).mean()
+                  for k in range(1, 9)]
+        ax.plot(range(1, 9), shares, style, color=colour, ms=4, label=way + note)
+        ax.set(title=f"tokens out of the band, lr {lr:.0e}", xlabel="update")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right")
     fig.savefig(path, dpi=110)
 
 
@@ -122,7 +122,7 @@ def main(path, data, *lrs):
     for key, runs in found.items():
         cells = [f"{x.mean():.2g} ({x.min():.2g} … {x.max():.2g})" for x in torch.tensor([*map(row, runs)]).T]
         print("|", " | ".join([*map(str, key), *cells]), "|")
-    draw(found, lrs[0], Path(__file__).with_name(f"rounding-{Path(path).name}.png"))
+    draw(found, lrs, Path(__file__).with_name(f"rounding-{Path(path).name}.png"))
 
 
 main(*sys.argv[1:])
