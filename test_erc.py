@@ -1755,10 +1755,10 @@ def test_compare_prints_intervals_and_paired_differences(tmp_path, capsys, monke
     compare = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(compare)
     compare.main(sorted(tmp_path.glob("*-?")), tmp_path / "compare.png")
-    shown = [row.split(" | ") for row in capsys.readouterr().out.splitlines()]
+    shown = [row.split("|") for row in capsys.readouterr().out.splitlines()]
     a, b = [dict(zip(shown[0], row)) for row in shown[2:4]]
-    assert [a["reward"], b["reward"], b["Δ reward"]] == ["2 ± 2.5", "3 ± 2.5", "1 ± 2.5"]
-    assert [a["n"], a["grad p50"], a["max"], b["Δ accuracy"]] == ["3", "2 ± 0", "6 ± 0", "0 ± 0"]
+    assert [a["reward"], b["reward"], b["Δ reward"]] == ["2.000±2.484", "3.000±2.484", "1.000±2.484"]
+    assert [a["n"], a["grad p50"], a["max"], b["Δ accuracy"]] == ["3", "2.0±0.0", "6.0±0.0", "0.000±0.000"]
     assert (tmp_path / "compare.png").exists()
 
 

@@ -18,6 +18,7 @@ import erc
 # Student's t, two-sided 95 %, by the number of seeds
 T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 KEYS = "reward accuracy entropy rho_drift kl erc_drop ppo_clip".split()
+DIGITS = {"rho_drift": 4, "kl": 4, "grad p50": 1, "p99": 1, "max": 1}   # of the others three
 
 
 def summary(metrics):
@@ -54,15 +55,17 @@ def main(paths, out):
              for name, parts in points.items()}
 
     columns = list(next(iter(found[base].values())))
-    print(f"| | n | {' | '.join(columns)} | Δ reward | Δ accuracy | above the line |")
-    print("|" + "---|" * (len(columns) + 5))
+    header = [*columns, "Δ reward", "Δ accuracy", "above the line"]
+    print(f"||n|{'|'.join(header)}|\n{'|---' * (len(header) + 2)}|")
     for name, runs in found.items():
         cells = [interval([run[column] for run in runs.values()]) for column in columns]
         both = runs.keys() & found[base].keys()
         for column in "reward", "accuracy":
             cells.append(interval([runs[seed][column] - found[base][seed][column] for seed in both]))
         cells.append(interval(above[name]))
-        print(f"| {name} | {len(runs)} |", " | ".join(f"{x:.3g} ± {half:.2g}" for x, half in cells), "|")
+        texts = [f"{mean:.{d}f}±{half:.{d}f}" for (mean, half), d in
+                 zip(cells, [DIGITS.get(column, 3) for column in header])]
+        print(f"|{name}|{len(runs)}|{'|'.join(texts)}|")
     print(f"the line of {base}: reward = {slope:.2f} e^H + {level:.2f}")
 
     fig = Figure((15, 1.5 + 0.3 * len(found)), layout="constrained")
