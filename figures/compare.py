@@ -31,7 +31,7 @@ def summary(metrics):
 
 def interval(values):
     """Mean and half width of its 95 % interval."""
-    half = T[len(values)] * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+    half = T.get(len(values), 2.1) * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
     return statistics.fmean(values), half
 
 
@@ -80,7 +80,8 @@ def main(paths, out):
     bars[2].set(title="gradient norm, p99")
     family = [name for name in methods if "dapo" in name] or [base]
     for i, name in enumerate(family):
-        xy = np.mean([w for w in points[name]], axis=0)
+        shortest = min(map(len, points[name]))
+        xy = np.mean([w[:shortest] for w in points[name]], axis=0)
         line.plot(np.log(xy[:, 0]), xy[:, 1], ("-o", ":s")[i // 7], ms=3, color=erc.COLOURS[i % 7], label=name)
     line.set(title="reward against entropy", xlabel="entropy (nats)", ylabel="reward")
     line.legend(fontsize=7)
