@@ -858,6 +858,7 @@ B ≟ \text{B: 12}   D ≟ \textbf{(D)}\ x^2+1   \textbf{(B)}\ 12 ≟ B   12 ≟
 x=1,y=2 ≟ \left\{\begin{array}{l}x=1\\y=2\end{array}\right.   (0,2] ≟ 0<x\le 2   -1 ≟ i^2
 \frac{3-i}{2} ≟ \frac32-\frac12 i   x+iy ≟ x + i y   No solution ≟ \text{no solution.}   xy ≟ yx
 2ab ≟ 2ba   Red, Blue ≟ blue, red   45^\circ ≟ 45º   60^\circ ≟ 60˚   -1500 ≟ -1.5e3   6 ≟ 6 \\
+3.14 ≟ \approx 3.14   3.14 ≟ x ≈ 3.14   \emptyset ≟ \varnothing   A, B, C ≟ \text{A, B, and C}   Bob, Eve ≟ Eve and Bob
 """
 MISSPELLED = r"""
 4 ≟ 4\text{ or seven}   4 ≟ 4 (or 7)   4 ≟ 4; 7   5 ≟ 5 million   4 ≟ at least 4   234 ≟ 1,234
@@ -867,7 +868,7 @@ x=1,y=2 ≟ \begin{cases}x=2\\y=1\end{cases}   2 ≟ \begin{cases}x=1\\y=2\end{c
 A ≟ \text{A or B}   A ≟ not A   12 ≟ \textbf{(B)}\ 13   A ≟ (A)(A+1)   2 ≟ 2 i   3+4i ≟ 4+3i   no ≟ on
 listen ≟ silent   VI ≟ IV   ii ≟ -1   (ABC, DEF) ≟ (CBA, FED)   x = ABCD ≟ x = DCBA   2t ≟ 2   3ab ≟ 3
 6xyz ≟ 6   5 ≟ 5xy   25 ≟ 5 cm^2   1.2 ≟ 12.   \sqrt{1}2 ≟ √12   x2 ≟ x²   32 ≟ 3²   3.14 ≟ π
-cat ≟ act   1500 ≟ 1.5e2   2e3 ≟ 2000x
+cat ≟ act   1500 ≟ 1.5e2   2e3 ≟ 2000x   3.14 ≟ \approx 3.15   4 ≟ 4 and 7   A ≟ A and B   A, B ≟ A and C
 """
 
 
