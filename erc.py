@@ -15,9 +15,10 @@ entropy to its old one (eq. 8), and drops the gradient of every token whose ρ h
 Part I is the method; read it from top to bottom. Part II is what it takes to run it; look things up
 there. Left out on purpose: critic, reference model, asynchronous rollouts, tensor parallelism.
 
-Names end in the axes of their tensors: P prompts, G samples a prompt, B = P·G responses, T response
+Names end in the axes of their tensors: P prompts, G samples a prompt, B responses, T response
 tokens, L prompt and response tokens, N response tokens laid flat, C a chunk of N, D hidden size,
-V vocabulary. Log-probs and entropies are in nats.
+V vocabulary, 1 an axis to broadcast. Log-probs and entropies are in nats. Under torchrun this is
+process RANK of WORLD; else 0 of 1.
 """
 import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read as torch loads: long spinning starves cores
@@ -60,6 +61,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 # ---------------------------------------------------------------------------------------- Settings
 
+# PPO-clip's (ε_low, ε_high): dapo and gppo as in §4.1; grpo PPO's; gspo as in the authors' code.
 EPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
 
 
@@ -76,20 +78,20 @@ class Config:  # the comments are the text of --help
     # the objective
     algo: Literal["grpo", "dapo", "gppo", "gspo"] = "dapo"  # eq. 5, eq. 6, eq. 7, §5.7
     erc: bool = True                    # drop tokens whose entropy ratio has left the band (eq. 9)
-    erc_mode: Literal["two-sided", "one-sided"] = "two-sided"   # eq. 9; or: may come back (ours)
+    erc_mode: Literal["two-sided", "one-sided"] = "two-sided"   # eq. 9; ours: keeps what leads back
     eps_low: float = None               # PPO-clip at r = 1 - ε_low; default 0.2, gspo 3e-4
     eps_high: float = None              # at r = 1 + ε_high; default 0.2, dapo 0.28, gspo 4e-4
     beta_low: float = 0.05              # ERC keeps ρ > 1 - β_low (§4.1)
     beta_high: float = 0.05             # ERC keeps ρ < 1 + β_high (§4.1)
-    dual_clip: float = 0.0             # A < 0: objective at least this · A; 0 off, authors' code 10
-    kl_coef: float = 0.0                # of PPO-penalty's KL(π_old‖π_θ) (eq. 2): an ablation (§5.5)
+    dual_clip: float = 0.0              # c: where A < 0, J >= c·A; 0: off (authors' code: 10)
+    kl_coef: float = 0.0                # KL(π_old‖π_θ), eq. 2's β; the clip stays: ablation (§5.5)
     entropy_coef: float = 0.0           # entropy bonus: an ablation (§5.6)
     # one step: a rollout batch and its updates
     prompts_per_step: int = 128         # groups in a rollout batch (§4.1)
     group_size: int = 8                 # samples a prompt, G (§4.1)
     minibatch_prompts: int = 16         # groups an update: 128 / 16 = 8 updates a batch (§4.1)
     oversample: float = 2.0             # batches of prompts sampled a round (authors' code)
-    max_rounds: int = 3               # until the batch is full of unequal rewards (authors' code 1)
+    max_rounds: int = 3                 # rounds at most to fill the batch (authors' code: 1)
     max_prompt_tokens: int = 4096       # longer prompts are left out (authors' code)
     max_response_tokens: int = 16384    # longer responses are cut off (§4.1)
     overlong_buffer: int = 0            # DAPO's penalty on the last so many tokens; 0 off (authors)
@@ -137,7 +139,7 @@ PRESETS = {
         max_response_tokens=16,
         overlong_buffer=4,                  # or nothing teaches the model to stop
         steps=200,
-        lr=3e-5,                            # the paper's by width would be 1.2e-5
+        lr=3e-5,                            # the paper's 1e-6 × 1536 / 128 (widths) is 1.2e-5
         sampler="hf",
         eval_every=20,
         save_every=10,
@@ -154,15 +156,16 @@ def logp_entropy(logits_NV, targets_N, kappa=False):
 
     Most tokens of a reasoning model are near-deterministic, H < 0.01, and ERC asks whether H moved
     by 5 %. The usual logsumexp(z) - Σ πz is then a difference of two large numbers, 17 % off at
-    H = 6e-5. So subtract the largest logit: d = z - max z <= 0. Let s be the sum of e^d over all
-    tokens but the likeliest, whose own e^d is 1; the softmax divides by 1 + s. Then
+    H = 6e-5. So let d = z - max z <= 0, and let s be the sum of e^d over all tokens but the
+    likeliest, whose own e^d is 1. Then log π_v = d_v - log(1 + s), and as Σ π_v = 1,
 
         log π(y) = d_y - log(1 + s)         H = log(1 + s) - Σ e^d d / (1 + s).
 
-    All terms of H have one sign, nothing cancels: its relative error is 1e-6 down to H = 1e-10.
+    No term of H is negative, so nothing cancels: its relative error is 1e-6 down to H = 1e-10.
 
-    κ is for one-sided ERC (ours): a small step along A·∇log π(y) in the logits changes H by -A·κ.
-    With c_v = log π_v + H we have ∂H/∂z_v = -π_v c_v and ∂log π(y)/∂z_v = δ_vy - π_v, so that
+    κ is for one-sided ERC (ours). With c_v = log π_v + H we have ∂H/∂z_v = -π_v c_v, and
+    ∂log π(y)/∂z_v = δ_vy - π_v. A small step dz_v = A (δ_vy - π_v), which is the policy gradient's
+    in the logits, changes H by Σ_v ∂H/∂z_v dz_v = -A·κ, where
     κ = Σ_v π_v c_v (δ_vy - π_v) = π_y c_y - Σ_v π_v² c_v.
 
     >>> logp, H = logp_entropy(torch.tensor([[.85, 0, .15, 0]]).log(), torch.tensor([0]))
@@ -173,7 +176,8 @@ def logp_entropy(logits_NV, targets_N, kappa=False):
     top_N1, argmax_N1 = logits_NV.max(-1, keepdim=True)
     d_NV = logits_NV - top_N1
     d_y_N = d_NV.gather(-1, targets_N[:, None]).squeeze(-1)
-    d_NV = d_NV.clamp(min=-1e4).scatter(-1, argmax_N1, -1e4)   # e^-10000 = 0: all but the likeliest
+    d_NV = d_NV.clamp(min=-1e4)                                 # or e^d d = 0 · ∞ where z is -inf
+    d_NV = d_NV.scatter(-1, argmax_N1, -1e4)                    # e^-10000 = 0: not the likeliest
     e_NV = d_NV.exp()
     s_N = e_NV.sum(-1)
     c_top_N = -(e_NV * d_NV).sum(-1) / (1 + s_N)                # log π_top + H
@@ -185,9 +189,9 @@ def logp_entropy(logits_NV, targets_N, kappa=False):
     # If y is the likeliest token, π_y c_y and its own part of Σ π² c nearly cancel. Taken together
     # they are c_top π_top (1 - π_top), where π_top is 1 / (1 + s) and 1 - π_top is s / (1 + s).
     others_N = (e_NV**2 * (d_NV + c_top_N[:, None])).sum(-1) / (1 + s_N)**2
-    y_is_top_N = c_top_N * s_N / (1 + s_N)**2
-    y_is_other_N = logp_N.exp() * (d_y_N + c_top_N) - c_top_N / (1 + s_N)**2
-    kappa_N = torch.where(targets_N == argmax_N1[:, 0], y_is_top_N, y_is_other_N) - others_N
+    if_top_N = c_top_N * s_N / (1 + s_N)**2
+    if_other_N = logp_N.exp() * (d_y_N + c_top_N) - c_top_N / (1 + s_N)**2
+    kappa_N = torch.where(targets_N == argmax_N1[:, 0], if_top_N, if_other_N) - others_N
     return logp_N, entropy_N, kappa_N
 
 
@@ -203,7 +207,9 @@ def entropy_ratio(entropy, old_entropy):
 # --------------------------------------------------------------------------------------- Objective
 
 def group_advantages(rewards_PG):
-    """Â = (r - mean) / (std + 1e-6) within each group of G >= 2 samples, unbiased std (eq. 4).
+    """Â = (r - mean) / std within each group of G >= 2 samples (eq. 4).
+
+    The paper leaves open which std: here it is the unbiased one, plus 1e-6.
 
     >>> A = group_advantages(torch.tensor([[1., 0., 0., 0.], [1., 1., 1., 1.]]))
     >>> A.round(decimals=3).tolist()
@@ -221,18 +227,18 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
 
     mask_BT marks response tokens. `norm` divides the sum over them: the whole mini-batch's number
     of tokens (dapo, gppo) or of responses (grpo, gspo), by default this call's own. With kappa_BT,
-    the κ of `logp_entropy`, ERC is one-sided. The list `tokens` gets {name: (N,)}, see SEEN.
-    """
-    mask_BT = mask_BT.bool()                                             # padding may hold anything
+    the κ of `logp_entropy`, ERC is one-sided. The list `tokens` gets what `record` makes."""
+    mask_BT = mask_BT.bool()
     A_B1 = advantages_B[:, None]
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                   # |y_i|
-    log_r_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0)
-    log_r_BT = log_r_BT.clamp(-20, 20)          # or 0 · ∞ could get into the gradient
+    log_r_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0)       # padding may hold anything
+    log_r_BT = log_r_BT.clamp(-20, 20)          # r = ∞, once clipped, has the gradient 0 · ∞
     entropy_BT = entropy_BT.masked_fill(~mask_BT, 0.0)
 
     r_BT = log_r_BT.exp()                                                   # eq. 1
     if cfg.algo == "gspo":
-        # Its value is the whole sequence's ratio; its gradient is each token's own part of that.
+        # Of every token the value is the sequence's ratio (Π_t r_t)^(1/|y|), and the gradient that
+        # times its own ∇log π. The mean over tokens then has the gradient of the sequence's ratio.
         sequence_B1 = log_r_BT.detach().sum(1, keepdim=True) / length_B1
         r_BT = (sequence_B1 + log_r_BT - log_r_BT.detach()).exp()
     bound_BT = r_BT.clamp(1 - cfg.eps_low, 1 + cfg.eps_high)
@@ -243,7 +249,7 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     if cfg.dual_clip:
         J_BT = torch.where(A_B1 < 0, torch.maximum(J_BT, cfg.dual_clip * A_B1), J_BT)
 
-    # ERC: a token whose entropy has left the band adds nothing to the objective, so no gradient.
+    # ERC: a token whose entropy has left the band adds nothing to J, and gets no gradient from J.
     rho_BT = entropy_ratio(entropy_BT.detach(), old_entropy_BT)             # eq. 8
     low_BT = rho_BT <= 1 - cfg.beta_low
     high_BT = rho_BT >= 1 + cfg.beta_high
@@ -254,28 +260,28 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     drop_BT = drop_BT & cfg.erc
     J_BT = J_BT.masked_fill(drop_BT, 0.0)                                   # eq. 9
 
+    # Eq. 2 has r·A in place of J. A dropped token keeps both of these terms.
     kl_BT = log_r_BT.exp() - 1 - log_r_BT       # its mean over y ~ π_old is KL(π_old‖π_θ)
     loss_BT = -J_BT + cfg.kl_coef * kl_BT - cfg.entropy_coef * entropy_BT   # eq. 2, §5.6
     # Eqs. 6, 7, 9 divide by Σ|y_i|, dropped tokens included; eq. 5 has each response's mean first.
+    # The paper's sums are over a group, ours over a mini-batch: each of its tokens weighs as much.
     weight_BT = mask_BT / length_B1 if cfg.algo in ("grpo", "gspo") else mask_BT.float()
     loss = (loss_BT * weight_BT).sum() / (weight_BT.sum() if norm is None else norm)
-    seen = (old_logp_BT, logp_BT, old_entropy_BT, entropy_BT, rho_BT, A_B1, ppo_clip_BT, low_BT,
-            high_BT, drop_BT, kl_BT)
+    seen = dict(old_logp=old_logp_BT, logp=logp_BT, old_entropy=old_entropy_BT, entropy=entropy_BT,
+                rho=rho_BT, advantage=A_B1, ppo_clip=ppo_clip_BT, erc_low=low_BT, erc_high=high_BT,
+                erc_drop=drop_BT, kl=kl_BT)
     return loss, record(seen, mask_BT, tokens)
 
 
-SEEN = ("old_logp logp old_entropy entropy rho advantage ppo_clip erc_low erc_high erc_drop "
-        "kl").split()
 MEANS = "ppo_clip erc_low erc_high erc_drop entropy kl".split()
 
 
 def record(seen, mask_BT, tokens):
-    """What decided on a token, named as in SEEN -> the MEANS of this call. All goes to tokens."""
-    rows = [x_BT.detach().expand_as(mask_BT)[mask_BT].float() for x_BT in seen]
-    rows = dict(zip(SEEN, rows))
+    """What decided on each token: {name: (B, T)} -> means over tokens; all goes to `tokens`."""
+    seen = {name: x.detach().expand_as(mask_BT)[mask_BT].float() for name, x in seen.items()}
     if tokens is not None:
-        tokens.append(rows)
-    return {name: rows[name].mean().item() for name in MEANS}
+        tokens.append(seen)                                                 # {name: (N,)}
+    return {name: seen[name].mean().item() for name in MEANS}
 
 
 # ---------------------------------------------------------------------------------------- One step
@@ -292,20 +298,20 @@ class Sample:
 
 
 def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
-    """Sample, verify, keep groups of unequal rewards -> (groups, a sample, new cursor, metrics).
+    """Sample, verify, keep the groups that teach -> (groups, one sample, new cursor, metrics).
 
-    `prompts` are (token ids, answer); `cursor` counts those drawn since the start. Rounds go on
-    until prompts_per_step groups are kept, max_rounds at most. What is drawn depends on seed, step,
-    cursor, rank and number of ranks alone, so that a resumed run draws the same.
+    These are the groups of unequal rewards; for grpo, all. `prompts` are (token ids, answer), and
+    `cursor` counts those drawn so far. Rounds go on until prompts_per_step groups are kept. What is
+    drawn depends on seed, step, cursor, rank and number of ranks alone: a resumed run draws it too.
     """
     G = cfg.group_size
     keep_all = cfg.algo == "grpo"       # eq. 5 averages over all responses; DAPO filters groups
     count = cfg.prompts_per_step if keep_all else math.ceil(cfg.oversample * cfg.prompts_per_step)
     n = len(prompts)
     groups = []
-    seen = []                           # of all responses: (reward, boxed, length, truncated)
+    all_rows = []                       # of all responses: (reward, boxed, length, truncated)
     metrics = {}
-    killed = verifier.killed
+    killed_before = verifier.killed
     for attempt in range(cfg.max_rounds):
         mine = []
         for i in range(cursor + RANK, cursor + count, WORLD):
@@ -326,27 +332,27 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
             s.reward = reward
             s.boxed = last_boxed(text) is not None
             s.advantage = advantage
-        # Equal rewards give no gradient.
+        # Equal rewards, after the length penalty, give no gradient.
         keep_P = (shaped_PG != shaped_PG[:, :1]).any(1) | keep_all
         kept = [samples[p * G:(p + 1) * G] for p in keep_P.nonzero().flatten().tolist()]
         rows = [(s.reward, s.boxed, len(s.response), s.truncated) for s in samples]
         for their_kept, their_rows in gather((kept, rows)):
             groups += their_kept
-            seen += their_rows
+            all_rows += their_rows
         if len(groups) >= cfg.prompts_per_step:
             break
-    for name, column in zip(("reward", "boxed", "response_length", "truncated"), zip(*seen)):
+    for name, column in zip(("reward", "boxed", "response_length", "truncated"), zip(*all_rows)):
         metrics[name] = statistics.fmean(column)
-    metrics["tokens"] = sum(length for _, _, length, _ in seen)
+    metrics["tokens"] = sum(length for _, _, length, _ in all_rows)
     metrics["groups"] = len(groups)
-    metrics["verifier_killed"] = sum(gather(verifier.killed - killed))
+    metrics["verifier_killed"] = sum(gather(verifier.killed - killed_before))
     return groups[:cfg.prompts_per_step], samples[0], cursor, metrics
 
 
 def forward(model, samples, cfg):
     """One micro-batch through the model -> (logp_BT, entropy_BT, mask_BT, kappa_BT or None).
 
-    Old and new statistics both come from here, so that at equal weights they are equal to the bit.
+    Old and new statistics both come from here, so that equal weights give equal numbers.
     """
     # The last response token predicts nothing. Padding is on the right, where causal attention
     # shows it to no response token; so there is no attention mask.
@@ -356,22 +362,22 @@ def forward(model, samples, cfg):
     # predicted at the position before its own, len(prompt) + t - 1.
     b_N = torch.tensor([b for b, s in enumerate(samples) for _ in s.response])
     t_N = torch.tensor([t for s in samples for t in range(len(s.response))])
-    length_N = torch.tensor([len(s.prompt) for s in samples for _ in s.response])
+    prompt_length_N = torch.tensor([len(s.prompt) for s in samples for _ in s.response])
     targets_N = torch.tensor([y for s in samples for y in s.response])
 
     with autocast(model.device, cfg.precision):
         hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    one_sided = cfg.erc_mode == "one-sided" and torch.is_grad_enabled()
-    hidden_ND = hidden_BLD[b_N, length_N + t_N - 1]
+    hidden_ND = hidden_BLD[b_N, prompt_length_N + t_N - 1]
+    kappa = cfg.erc_mode == "one-sided" and torch.is_grad_enabled()    # π_old, under no_grad: none
     stats = token_stats(hidden_ND, model.get_output_embeddings(), targets_N.to(model.device),
-                        cfg.temperature, entropy_grad=cfg.entropy_coef != 0, kappa=one_sided)
+                        cfg.temperature, entropy_grad=cfg.entropy_coef != 0, kappa=kappa)
 
     mask_BT = torch.zeros(len(samples), max(t_N) + 1, dtype=torch.bool)
     mask_BT[b_N, t_N] = True
     mask_BT = mask_BT.to(model.device)
     zeros_BT = torch.zeros(mask_BT.shape, device=model.device)
-    logp_BT, entropy_BT, *kappa = [zeros_BT.masked_scatter(mask_BT, x_N) for x_N in stats]
-    return logp_BT, entropy_BT, mask_BT, kappa[0] if kappa else None
+    logp_BT, entropy_BT, *more = [zeros_BT.masked_scatter(mask_BT, x_N) for x_N in stats]
+    return logp_BT, entropy_BT, mask_BT, more[0] if more else None
 
 
 def old_statistics(model, micros, cfg):
@@ -408,10 +414,10 @@ def update(model, optimizer, groups, cfg, scaler=None):
     old, metrics = old_statistics(model, sum(plan, []), cfg)
     old = iter(old)
     tokens = []
-    norms = []
+    grad_norms = []
     with timed(metrics, "seconds_update"):
         for mini, micros in zip(progress(minis, "updates"), plan):
-            # The denominator is the whole mini-batch's: its gradient does not depend on the cuts.
+            # Divided by the whole mini-batch's count, gradients do not depend on the micro-batches.
             per_token = cfg.algo in ("dapo", "gppo")
             norm = sum(len(s.response) for s in mini) if per_token else len(mini)
             for micro in micros:
@@ -421,37 +427,21 @@ def update(model, optimizer, groups, cfg, scaler=None):
                 loss, _ = policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT,
                                       advantages_B, mask_BT, cfg, norm, kappa_BT, tokens)
                 scaler.scale(loss).backward()
-                if not norms:
+                if not grad_norms:
                     check_on_policy(tokens[-1])     # no update yet: π_θ is π_old
                 tokens[-1] = {name: x_N.cpu() for name, x_N in tokens[-1].items()}
             sum_gradients(model)
             scaler.unscale_(optimizer)
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item())
-            if math.isfinite(norms[-1]):
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+            grad_norms.append(grad_norm)
+            if math.isfinite(grad_norm):
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
 
     tokens = sum(gather(tokens), [])
-    tokens = {name: torch.cat([part[name] for part in tokens]) for name in SEEN}
-    return metrics | summed_up(tokens, norms), tokens
-
-
-def summed_up(tokens, norms):
-    """The metrics of a step's updates, from all of its tokens and the norm of each gradient."""
-    metrics = {}
-    for name in MEANS:
-        metrics[name] = tokens[name].mean().item()
-    rho_N = tokens["rho"].sort().values
-    for q in (1, 50, 99):
-        metrics[f"rho_p{q}"] = rho_N[len(rho_N) * q // 100].item()
-    metrics["rho_drift"] = (rho_N - 1).abs().median().item()
-    finite_norms = [x for x in norms if math.isfinite(x)]
-    metrics["grad_norms"] = finite_norms
-    metrics["grad_norm"] = sum(finite_norms) / max(1, len(finite_norms))
-    metrics["updates"] = len(finite_norms)
-    metrics["updates_skipped"] = len(norms) - len(finite_norms)
-    return metrics
+    tokens = {name: torch.cat([part[name] for part in tokens]) for name in tokens[0]}
+    return metrics | summed_up(tokens, grad_norms), tokens
 
 
 def check_on_policy(tokens):
@@ -489,9 +479,9 @@ def train(cfg):
         metrics["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         for param_group in optimizer.param_groups:
             param_group["lr"] = metrics["lr"]
-        if any(s.advantage for group in groups for s in group):     # else nothing is to be learnt
-            seen, tokens = update(model, optimizer, groups, cfg, scaler)
-            metrics |= seen
+        if any(s.advantage for group in groups for s in group):     # else J has no gradient
+            updated, tokens = update(model, optimizer, groups, cfg, scaler)
+            metrics |= updated
             failed = 0 if metrics["updates"] else failed + 1
             need(failed < 3, "no finite gradient in three steps; lower --lr")
 
@@ -709,6 +699,23 @@ def micro_batches(samples, budget):
             batches.append([])
         batches[-1].append(s)
     return batches
+
+
+def summed_up(tokens, grad_norms):
+    """The metrics of a step's updates, from all of its tokens and the norm of each gradient."""
+    metrics = {}
+    for name in MEANS:
+        metrics[name] = tokens[name].mean().item()
+    rho_N = tokens["rho"].sort().values
+    for q in (1, 50, 99):
+        metrics[f"rho_p{q}"] = rho_N[len(rho_N) * q // 100].item()
+    metrics["rho_drift"] = (rho_N - 1).abs().median().item()
+    finite_norms = [x for x in grad_norms if math.isfinite(x)]
+    metrics["grad_norms"] = finite_norms
+    metrics["grad_norm"] = sum(finite_norms) / max(1, len(finite_norms))
+    metrics["updates"] = len(finite_norms)
+    metrics["updates_skipped"] = len(grad_norms) - len(finite_norms)
+    return metrics
 
 
 HEADER = ("  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  "

@@ -10,7 +10,7 @@ logits of all states are made of the same few features, as a language model's ar
 sampled arms also moves the arms that nobody sampled. The objective is erc.py's own `policy_loss`.
 
 Each claim is printed beside the number that it rests on, and the exit status is 1 if one does not hold.
-The claims are about the default knobs. Others may break some: to say beforehand which is an exercise.
+The claims are about the default knobs. Others may break some: predict which.
 
 Knobs: --seed of all that is random, --seeds Z, --steps on one batch (part 2), --batches of training (part
 4), --rank R, and --beta, the half-width of ERC's band.
@@ -27,7 +27,9 @@ from matplotlib.figure import Figure
 
 from erc import Config, entropy_ratio, group_advantages, logp_entropy, policy_loss
 
-METHODS = {     # settings, and a look: thin dark lines over wide light ones, so that none hides another
+# Settings, and a look: thin dark lines over wide light ones, so that none hides another. DAPO with half
+# the ε is there because any stop can be compared with a tighter clip.
+METHODS = {
     "DAPO": (dict(algo="dapo", erc=False), dict(color="#56B4E9", lw=7, ms=12)),
     "GPPO": (dict(algo="gppo", erc=False), dict(color="#E69F00", lw=3.5)),
     "ERC-DAPO": (dict(algo="dapo", erc=True), dict(color="#0072B2", lw=2, ms=9, ls="--")),
@@ -65,6 +67,8 @@ def measure(log_pi_PK, old_log_pi_PK, arms_PG, A_PG, reward_PK, metrics):
     sampled_PK = torch.zeros_like(pi_PK).scatter(1, arms_PG, 1.0)
     H_P = torch.special.entr(pi_PK).sum(1)
     rho_P = entropy_ratio(H_P, torch.special.entr(old_pi_PK).sum(1))
+    # (Un)sampled: Σ|π - π_old| over those arms, as a share of their old probability. What is clipped
+    # is a share of all samples, the same for every state.
     return {
         "sampled": (moved_PK * sampled_PK).sum(1) / (old_pi_PK * sampled_PK).sum(1),
         "unsampled": (moved_PK * (1 - sampled_PK)).sum(1) / (old_pi_PK * (1 - sampled_PK)).sum(1),
@@ -202,11 +206,11 @@ def main(argv=None):
     report(runs, "gain", 0.3, 0.85)
     report(runs, "unsampled per gain", 0.75, 1.25)
 
-    print("\n3. What ERC cannot do. (Nor does it see arms swap probabilities: that leaves H, so ρ is 1.)")
+    print("\n3. What ERC cannot do. (Nor does it see arms swap probabilities: H is the same, so ρ is 1.)")
     idle = (erc["by ERC"].mean((1, 2)) == 0).sum() - 1
     leap = run(a, "ERC-DAPO", batches=1, updates=2, lr=6.0)["|ρ-1|"].max()
     worst = erc["|ρ-1|"][-1].max()
-    check(idle > 0, f"inert: for {idle} steps ERC drops nothing (in the end {erc['by ERC'][-1].mean():.1%})")
+    check(idle > 0, f"inert: nothing dropped after {idle} steps (in the end {erc['by ERC'][-1].mean():.1%})")
     check(leap > a.beta, f"overshoot: one step 30 times as long takes a ρ out of the band (|ρ-1| {leap:.3f})")
     check(worst > a.beta, f"no restoring force: in the end the worst ρ is still outside (|ρ-1| {worst:.3f})")
 
