@@ -40,7 +40,7 @@ import time
 import unicodedata
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache
@@ -508,6 +508,7 @@ def train(cfg):
 # nothing else: after `gather` and `sum_gradients` all hold the same, to the bit, and do the same.
 launched = os.environ if dist.is_torchelastic_launched() else {}
 RANK, WORLD = int(launched.get("RANK", 0)), int(launched.get("WORLD_SIZE", 1))
+LOCAL_WORLD = int(launched.get("LOCAL_WORLD_SIZE", 1))          # those on this machine
 
 
 class UserError(Exception):
@@ -519,8 +520,8 @@ def need(holds, message):
         raise UserError(message)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def as_list(x):
+    return x if isinstance(x, list) else [x]
 
 
 @contextmanager
@@ -529,7 +530,9 @@ def explained(what):
     try:
         yield
     except Exception as e:
-        raise e if isinstance(e, UserError) else UserError(f"{what} ({first_line(e)})") from e
+        why = e.__cause__ or e                                  # `datasets` hides the reason there
+        why = (str(why).strip() or type(why).__name__).splitlines()[0]
+        raise e if isinstance(e, UserError) else UserError(f"{what} ({why})") from e
 
 
 def gather(x):
@@ -575,20 +578,20 @@ AT_LEAST_1 = ("prompts_per_step minibatch_prompts oversample max_rounds max_prom
 
 def check_settings(cfg):
     """UserError names the first setting out of range, or an --out that a run would overwrite."""
-    for f in (f for f in fields(cfg) if f.type in (int, float) and f.name != "entropy_coef"):
-        least = 1 if f.name in AT_LEAST_1 else 1e-6 if f.name in ABOVE_0 else 0
-        value = getattr(cfg, f.name)
-        need(least <= value < math.inf, f"{flag(f.name)} {value}: must be at least {least}, finite")
+    for name, value in vars(cfg).items():
+        least = 1 if name in AT_LEAST_1 else 1e-6 if name in ABOVE_0 else 0
+        if isinstance(value, int | float) and name != "entropy_coef":
+            need(least <= value < math.inf, f"{flag(name)} {value}: must be finite and >= {least}")
     need(cfg.group_size > 1, "--group-size: must be at least 2, to have something to compare with")
     need(cfg.prompts_per_step % cfg.minibatch_prompts == 0 and cfg.prompts_per_step >= WORLD,
          f"--prompts-per-step: must be a multiple of --minibatch-prompts, and at least {WORLD}")
     need(cfg.overlong_buffer <= cfg.max_response_tokens,
          f"--overlong-buffer: must be at most --max-response-tokens {cfg.max_response_tokens}")
-    need(isinstance(unpacked(cfg.template_kwargs), dict),
-         f"--template-kwargs {cfg.template_kwargs}: must be a JSON object")
     others = {path.name for path in Path(cfg.out).glob("*")} - {"config.json", *LOGS}
     need(cfg.resume or not others and not Path(cfg.out).is_file(),
          f"--out {cfg.out}: holds a run or a model; go on with --resume, or name another")
+    with explained(f"--out {cfg.out}: cannot be made; name another"):
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
 
 
 def flag(name):
@@ -598,28 +601,33 @@ def flag(name):
 def parser(command, names):
     """Flags for these fields of Config, whose comments are the help; errors are UserErrors."""
     ap = argparse.ArgumentParser(f"python erc.py {command}", None, __doc__, allow_abbrev=False,
+                                 argument_default=argparse.SUPPRESS,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.error = lambda message: need(False, f"{message} (--help lists all settings)")
     reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
-    for f in (f for f in fields(Config) if f.name in names):
-        kind = dict(choices=get_args(f.type)) if get_args(f.type) else dict(type=f.type)
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
-        reason = reasons[f.name].replace("%", "%%")
-        ap.add_argument(flag(f.name), default=argparse.SUPPRESS, **kind,
-                        help=f"{reason} [{f.default}]")
+    for name in names:
+        kind = Config.__annotations__[name]
+        how = dict(type=kind)
+        if kind is bool:
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif get_args(kind):
+            how = dict(choices=get_args(kind))
+        ap.add_argument(flag(name), help=f"{reasons[name]} [{getattr(Config, name)}]", **how)
     return ap
 
 
 def parse_args(argv):
     """Command line -> Config: the preset's settings, overridden by flags. Under --resume the run's
     own config.json, which flags may repeat but not change; UserError names what differs."""
-    given = vars(parser("", [f.name for f in fields(Config)]).parse_args(argv))
-    base = PRESETS[given.get("preset", "paper")]
-    if not given.get("resume"):
-        return Config(**base | given)
-    path = Path(given.get("out") or Config(**base | given).out, "config.json")
+    given = vars(parser("", Config.__annotations__).parse_args(argv))
+    cfg = Config(**PRESETS[given.get("preset", "paper")] | given)
+    if not cfg.resume:
+        return cfg
+    path = Path(cfg.out, "config.json")
     with explained(f"--resume: {path} is not there, damaged, or of another version"):
         base = json.loads(path.read_text())
+        need((path.parent / "checkpoint/state.pt").exists(),
+             f"--resume: {path.parent} has no checkpoint; start it again without --resume")
         free = "steps eval_every save_every micro_tokens out resume".split()
         differ = [f"{flag(name)} {value} (was {base[name]})" for name, value in given.items()
                   if name not in free and value not in (base[name], "auto")]
@@ -629,8 +637,11 @@ def parse_args(argv):
 
 def start(cfg):
     """Join the other ranks, if there are any, and quieten the libraries -> this rank's device."""
-    from transformers.utils import logging as transformers_logging
+    import transformers
     cuda = torch.cuda.is_available()
+    need(cfg.data.strip(", "), "--data or --benchmarks: names nothing")
+    need(isinstance(unpacked(cfg.template_kwargs), dict),
+         f"--template-kwargs {cfg.template_kwargs}: must be a JSON object")
     need(cfg.sampler != "vllm" or find_spec("vllm"),
          "--sampler vllm: it is not installed; pip install vllm, or take --sampler hf")
     need(cuda or cfg.model != Config.model,
@@ -642,7 +653,7 @@ def start(cfg):
         dist.init_process_group(timeout=timedelta(days=7))      # a rank may wait long for another
     # TF32 in the head is finer than a bf16 body; it rounds old and new alike, so r, ρ stay 1.
     torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
-    transformers_logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # our line says what failed
     return torch.device("cuda" if cuda else "cpu")
 
@@ -728,10 +739,10 @@ FIRST = """
 def log(out, m, shown, tokenizer, quiet):
     """Append a step's records and print its line; of a `quiet` run only where it is evaluated, or
     where something is wrong."""
-    prompt, response = tokenizer.decode(shown.prompt), tokenizer.decode(shown.response)
     append(out / "metrics.jsonl", m)
-    append(out / "samples.jsonl", dict(step=m["step"], prompt=prompt, response=response,
-                                       reward=shown.reward))
+    append(out / "samples.jsonl", dict(
+        step=m["step"], prompt=tokenizer.decode(shown.prompt),
+        response=tokenizer.decode(shown.response), reward=shown.reward))
     skipped, unboxed, first = "rho_p1" not in m, m["boxed"] < 0.5, m["step"] == 1
     accuracy = f"{m['accuracy']:.3f}" if "accuracy" in m else ""
     line = f"{m['step']:6d} {m['reward']:6.3f} {accuracy:>7} "
@@ -752,9 +763,9 @@ class Problem(NamedTuple):
     answer: str | list          # the reference; of a list any one counts
 
 
-PROMPTS = "problem question prompt input messages"
+PROMPTS = "problem question prompt input messages".split()
 ANSWERS = ("answer final_answer target expected_answer ground_truth label "
-           "reward_model.ground_truth solution")
+           "reward_model.ground_truth solution").split()
 CHOICES = ("choices", "options", "endings")
 NO_ANSWER = {"", "proof", "notfound", "null", "nan", "n/a"}     # what data sets write for none
 KINDS = dict(json="json", jsonl="json", ndjson="json", parquet="parquet", csv="csv", arrow="arrow")
@@ -764,9 +775,8 @@ def unpacked(value):
     """A JSON text of an object, messages or alternative answers -> what it holds. But "[1, 2]" is
     an interval, and stays."""
     try:
-        packed = isinstance(value, str) and value.strip()[:1] in ("[", "{")
-        held = json.loads(value) if packed else value
-    except (ValueError, RecursionError):
+        held = json.loads(value)
+    except (TypeError, ValueError, RecursionError):             # no text, or none of JSON
         return value
     texts = isinstance(held, list) and all(isinstance(x, str | dict) for x in held)
     return held if texts or isinstance(held, dict) else value
@@ -774,45 +784,48 @@ def unpacked(value):
 
 def lookup(record, names):
     """The first of these fields that a record has -> (name, value). "a.b" is b in a; any case."""
-    for name in names.split():
+    for name in names:
         value = record
         for part in name.lower().split("."):
             found = value.items() if isinstance(value, dict) else ()
             value = unpacked(next((x for key, x in found if key.lower() == part), None))
         if value is not None:
             return name, value
-    raise ValueError(f"it has none of the fields {names.replace(' ', ', ')}")
+    raise UserError(f"it has none of the fields {', '.join(names)}")
 
 
 def problem_from(record, prompt_fields, answer_fields):
-    """One record -> Problem; ValueError says why it is none."""
+    """One record -> Problem; UserError or ValueError says why it is none."""
     name, prompt = lookup(record, prompt_fields)
     turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
-    texts = [turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role")]
-    good = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not good or len(good) < len(turns):
-        raise ValueError(f"{name} is neither a text nor a list of messages")
+    turns = [turn for turn in turns if turn != dict(role="system", content="")]
+    texts = [turn.get("content") if isinstance(turn, dict) and turn.get("role") else None
+             for turn in turns]
+    need(texts and all(isinstance(text, str) and text.strip() for text in texts),
+         f"{name} is neither a text nor a list of messages")
+    told = turns[-1]["role"] == "assistant" and last_boxed(texts[-1])
+    need(not told, f"the last of {name} tells the answer")
     name, answer = lookup(record, answer_fields)
-    answers = [answer_text(x, name) for x in (answer if isinstance(answer, list) else [answer])]
-    if not answers:
-        raise ValueError(f"{name} is empty")
-    choices = [x for key, x in record.items() if key.lower() in CHOICES and x]
-    if choices and re.fullmatch(r"\d|[A-J]", answers[0]) and answers[0] not in choices[0]:
-        raise ValueError(f"{name} is an index into the choices")
+    boxed = name == "solution" and answer_fields == ANSWERS    # only its box is the answer
+    answers = [answer_text(x, name, boxed) for x in as_list(answer)]
+    need(answers, f"{name} is empty")
+    for choices in (x for key, x in record.items() if key.lower() in CHOICES and x):
+        index = isinstance(answer, int) or re.fullmatch(r"\d|[A-J]", answers[0])
+        need(not index or isinstance(answer, str) and answers[0] in choices,
+             f"{name} is an index into the choices")
     "".join(texts + answers).encode()                           # a lone surrogate is no text
     alone = len(turns) == 1 and turns[0]["role"] == "user"
     return Problem(texts[0] if alone else turns, answers if len(answers) > 1 else answers[0])
 
 
-def answer_text(value, name):
-    """A number or a text -> the reference; ValueError if it is neither, or says there is none."""
+def answer_text(value, name, only_boxed):
+    """A number or a text -> the reference; UserError if it is neither, or says there is none."""
     if isinstance(value, float):                                # 1e-05 would be read as e - 5
-        value = format(Decimal(repr(value)), "f")
+        value = f"{Decimal(repr(value)):f}"
     text = str(value).split("####")[-1].strip()                 # GSM8K: "… #### answer"
     boxed = last_boxed(text)
-    no_answer = boxed is None if name == "solution" else text.lower().replace(" ", "") in NO_ANSWER
-    if isinstance(value, bool) or not isinstance(value, str | int) or no_answer:
-        raise ValueError(f"{name} holds no answer")
+    no_answer = boxed is None if only_boxed else text.lower().replace(" ", "") in NO_ANSWER
+    need(type(value) in (str, int) and not no_answer, f"{name} holds no answer")
     return boxed or text
 
 
@@ -828,12 +841,14 @@ def read_rows(source):
     with explained(f"{source}: cannot be loaded; check name, split and network"):
         if kind == "json" and split == "train":
             raw = gzip.open(path).read() if path.suffix.lower() == ".gz" else path.read_bytes()
-            raw = raw.removeprefix(b"\xef\xbb\xbf")             # a byte order mark
-            rows = json.loads(raw) if raw.lstrip().startswith(b"[") else raw.split(b"\n")
-            return [(i, row) for i, row in enumerate(rows, 1) if row not in (b"", b"\r")]
+            listed = raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # behind a byte order mark
+            rows = json.loads(raw) if listed else raw.splitlines()
+            return [(i, row) for i, row in enumerate(rows, 1) if row != b""]
         from datasets import load_dataset, load_from_disk
         if kind:
-            data = load_dataset(kind, data_files=str(path), split=split)
+            # Without the filter a blank makes floats of a whole column of integers.
+            how = dict(na_filter=False) if kind == "csv" else {}
+            data = load_dataset(kind, data_files=str(path), split=split, **how)
         elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = load_from_disk(path)
             data = data[split] if isinstance(data, dict) else data
@@ -845,15 +860,17 @@ def read_rows(source):
 def load_problems(source, prompt_field="", answer_field=""):
     """A file, a directory or a hub data set -> list[Problem]. Records that cannot be used are left
     out and counted. UserError: not found, of an unknown kind, or none can be used."""
+    prompt_fields = [prompt_field] if prompt_field else PROMPTS
+    answer_fields = [answer_field] if answer_field else ANSWERS
     problems, left_out, rows = [], [], read_rows(source)
     for number, row in rows:
         record = None
         try:
             record = json.loads(row) if isinstance(row, bytes) else row
-            problems.append(problem_from(record, prompt_field or PROMPTS, answer_field or ANSWERS))
-        except (ValueError, RecursionError) as e:
+            problems.append(problem_from(record, prompt_fields, answer_fields))
+        except (UserError, ValueError, RecursionError) as e:
             has = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
-            left_out.append(f"line or record {number}: {first_line(e)}{has}")
+            left_out.append(f"line or record {number}: {e}{has}")
     need(problems, f"{source}: holds no problems; {(left_out or ['it is empty'])[0]}")
     if left_out:
         say(f"{source}: {len(left_out)} of {len(rows)} records left out; {left_out[0]}")
@@ -865,7 +882,7 @@ def load_prompts(source, tokenizer, cfg, limit=math.inf):
     problems = load_problems(source, cfg.prompt_field, cfg.answer_field)
     kwargs = json.loads(cfg.template_kwargs)
     prompts = [(encode(tokenizer, p.prompt, cfg.instruction, kwargs), p.answer) for p in problems]
-    short = [(ids, answer) for ids, answer in prompts if len(ids) <= limit]
+    short = [(ids, answer) for ids, answer in prompts if 0 < len(ids) <= limit]
     need(short, f"{source}: every prompt is longer than --max-prompt-tokens {limit}")
     say(f"{source}: {len(short)} problems, {len(prompts) - len(short)} are over {limit} tokens")
     return short
@@ -875,18 +892,18 @@ def encode(tokenizer, prompt, instruction="", template_kwargs={}):
     """A text, as the user's turn, or chat messages -> token ids of the chat template; without one,
     of the bare text. A last turn of the assistant's is continued."""
     turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-    if instruction and last is not None:
-        turns = [*turns]
-        turns[last] = dict(role="user", content=f"{turns[last]['content']}\n{instruction}")
+    turns = [dict(turn) for turn in turns]                      # the problem itself stays as it is
+    users = [turn for turn in turns if turn["role"] == "user"]
+    if instruction and users:
+        users[-1]["content"] += f"\n{instruction}"
     go_on = turns[-1]["role"] == "assistant"
     if tokenizer.chat_template is None:
         text = "\n\n".join(turn["content"] for turn in turns)
         return tokenizer(text if go_on else text + "\n").input_ids
     with explained(f"the chat template of {tokenizer.name_or_path} refuses {str(turns)[:60]}"):
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not go_on,
-                                             continue_final_message=go_on, **template_kwargs)
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template wrote the specials
+        return tokenizer.apply_chat_template(turns, return_dict=False, **template_kwargs,
+                                             add_generation_prompt=not go_on,
+                                             continue_final_message=go_on)
 
 
 # ------------------------------------------------------------------------------------------ Reward
@@ -912,53 +929,72 @@ def last_boxed(text):
 
 
 # Signs that people type for LaTeX, and that Unicode's compatibility form keeps.
-SIGNS = dict(zip("−–⁄÷°×·⋅±√π∞≤≥≠∪∩∈∅", (
+SIGNS = dict(zip("−–⁄÷°×·⋅±√π∞≤≥≠∪∩∈∅≈", (
     r"-|-|/|/|^{\circ} |\times |\cdot |\cdot |\pm |sqrt|\pi |\infty |\le |\ge |\ne |\cup |\cap |"
-    r"\in |\emptyset ").split("|")))
-POWER = r"(?: ?\^\{?\d\}?)?"
-# A unit's word is none that makes another number of it (4 or seven, 5 million).
-WORD = r"(?!(?:or|and|not|to|than|at|plus|minus|hundred|thousand|\w*illion|dozen)\b)[A-Za-z]"
-UNIT = (rf"(?:[kcm]m|kg|{WORD}{{5,}}|(?<= )\(?(?:{WORD}{{2,}}|[mgshLJNVW]\b)){POWER}"
-        rf"(?:[ /.]+{WORD}+{POWER})*")
+    r"\in |\emptyset |\approx ").split("|")))
+ARRAY = r"\\begin\{array\}\{\w*\}(.*?)\\end\{array\}"
 LINES = r"\{(?:cases|aligned|array)\}"
 SPELLINGS = [
     (r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),  # \$18
     (r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|displaystyle|bf|rm|it)(?![A-Za-z]))|~|\s", " "),   # 10\,000
     (r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|emph|underline|operatorname) *"
-     r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", r" \1 "),                                  # \textbf{(A)}
+     r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",                           # \textbf{(A)} -> (‹A)
+     lambda m: " " + re.sub("[A-Za-z]+", r"‹\g<0>", m[1]) + " "),
     (rf"(?:\\\{{ *)?\\begin{LINES}(?:\{{\w*\}})?|\\end{LINES}(?: *\.)?", " "),
     (r"(?:(?<![\\A-Za-z])|\\)sqrt *(?:(\d+)|\(([^()]*)\)|\{([^{}]*)\})", r"\\sqrt{\1\2\3}"),
-    (r"(?<![\\A-Za-z])(pi|sin|cos|tan|log|ln)(?![A-Za-z])", r"\\\1 "),
-    (r"\\approx|≈", "="), (r"^ *=", ""), (r"\\varnothing", r"\\emptyset "),
-    (";|(?: *,)? +and ", ", "), (" +", " "),
-    (r"(?<![., ])(?: ?\\\\)? ?[.,:]? ?$", ""),  # (0; 3]  12.
-    # A unit stands behind a number; what 2t and 3ab end in is none: 5 km/h, 9 (apples), 20^\circ C.
-    (r"(?:(?<=[\d}])|(?<=\\pi)) ?(?:\^\{?\\circ ?\}? ?[CF]|(?:" + UNIT + r") ?\)?)$", ""),
-    (r"(?<=\d)(?<!\d{4})(?: |\{,\}|,\\!)(?=\d{3}(?![\d/]))|\\!", ""),   # 10 000  10{,}000
+    (r"(?<![\\A-Za-z])‹?(pi|(?:arc)?(?:sin|cos|tan)|log|ln)(?![A-Za-z])", r"\\\1 "),
+    (r"^ *[A-Za-z]? *\\approx|\\approx.*", ""),                         # x ≈ 3.14  \frac13 ≈ 0.333
+    (r"\\lg(?![A-Za-z])", r"\\log "), (r"\\varnothing", r"\\emptyset "),
+    (r";|(?: *,)? +‹?and ", ", "), (" +", " "), (r"(?<![., ])(?: ?\\\\)? ?[.,:]? ?$", ""),  # (0; 3]
+]
+# A unit stands behind a number. Of bare letters only long words and these are units: 2 ab is none.
+POWER = r"(?: ?\^\{?\d\}?)?"
+SHORT = "(?:[kcm]m|kg|mL|ft|in|lbs?|oz|hrs|mins?|secs?|mph|[ck]?m/s|km/h|per)(?![A-Za-z])"
+UNIT = (r"(?:(?<=[\d}%])|(?<=\\pi)) ?(?:\^\{?\\circ ?\}? ?‹?[CF]|/? ?(\(?"
+        rf"(?:‹[A-Za-z]+|(?<= )[a-z]{{4,}}|[a-z]{{5,}}|{SHORT}){POWER}"
+        rf"(?:(?:[ /.]+‹?|‹)[A-Za-z]+{POWER})*\)?))$")
+# These words make another number of it (4 or seven, 5 million), or another statement.
+OTHER = (r"\b(?:or|not|to|than|at|plus|minus|hundred|thousand|\w*illion|dozen|lakh|crore|if|when|"
+         r"for|of|is|times|squared|cubed|factorial|(?:hal|thir|four|fif|six|seven|eigh|nin|ten)\w*|"
+         r"quarters?|theta|alpha|beta|gamma|delta|lambda|omega|sigma)\b")
+NUMBERS = [
+    ("‹", ""), (r"(?<![^ ])([A-Za-z]) (?=[A-Za-z](?: |$))", r"\1"),                   # a b c
+    (r"(?<=\d)(?<!\d{4})(?: |\{,\}|,\\! ?)(?=\d{3}(?![\d/]))|\\!", ""),   # 10 000  10{,}000
     (r"(?<![\d.,/^}])(\d+) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),                         # 2 1/3
     (r"^(-?\d+\.?\d*)[eE]([+-]?\d+)$", r"\1\\cdot 10^{\2}"),         # 1.5e3
+    # Commas group digits only where no bracket or other comma could make them a list: x = 1,000.
+    (r"^([^,([{]*[^,([{\d])?\d{1,3}(,\d{3})+([^,\d][^,]*)?$", lambda m: m[0].replace(",", "")),
 ]
 # A choice's letter, and what the choice says unless that names another letter: (A) 12.
 CHOICE = r"(?:(?:option|choice|answer):? )?\(?((?-i:[A-Z]))(?:[).:]+ ?((?!.*\b(?-i:[A-Z])\b).*))?"
-# In a formula: letters that are a name and no product; and i, the imaginary unit, save as an index.
-NAME = r"\\(?:begin|end)\{\w*\}|\\[A-Za-z]+|([A-Za-z]{4,}|[A-Z]{2,})|(?<!_)(?<!_\{)(i)"
+# In a formula: letters that are a name and no product; i, the imaginary unit, save as an index; and
+# capitals, which math-verify takes for their small letters.
+NAME = (r"\\(?:begin|end)\{\w*\}|\\?(gcd|lcm|(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}))"
+        r"|\\[A-Za-z]+|(?<!_)(?<!_\{)(i)|([A-Z])")
 
 
 def tidy(text):
-    """An answer in a spelling that math-verify reads as people do."""
+    """An answer -> (in a spelling that math-verify reads as people do, the words of its unit)."""
     # NFKC makes full-width signs and odd spaces plain, but x² would be x2, and 2½ would be 21/2.
-    text = text.translate(str.maketrans({"√": "sqrt", "˚": "°", "º": "°"}))
+    text = re.sub("[˚º]", "°", text)
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
     text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
     text = text.translate(str.maketrans(SIGNS))
+    text = re.sub(r"(?<=\\\\)\[[\d.]+ ?[a-z]+\]", "", text)               # \\[4pt]
+    text = re.sub(rf"(?s)(?:\\left)?[(\[] *{ARRAY} *(?:\\right)?[)\]]",
+                  r"\\begin{pmatrix}\1\\end{pmatrix}", text)
     if re.search(r"\\begin" + LINES, text):                     # its lines are members of a list
         text = re.sub(r",? *\\\\", ", ", text).replace("&", " ")
     for old, new in SPELLINGS:
         text = re.sub(old, new, text)
-    # Commas group digits only where no bracket or other comma could make them a list: x = 1,000.
-    if re.fullmatch(r"([^,([{]*[^,([{\d])?\d{1,3}(,\d{3})+([^,\d][^,]*)?", text.strip()):
-        text = text.replace(",", "")
-    return text.strip()
+    unit = re.search(UNIT, text)
+    if unit and not re.search(OTHER, unit[0]):
+        text = text[:unit.start()]
+    else:
+        unit = None
+    for old, new in NUMBERS:
+        text = re.sub(old, new, text)
+    return text.strip(), re.findall("[a-z]+", (unit and unit[1] or "").casefold())
 
 
 def words(text):
@@ -969,37 +1005,65 @@ def words(text):
         return sorted(re.findall(r"[^\W\d_]+", part) for part in text.casefold().split(","))
 
 
+def squash(text):
+    """Without the spaces and braces that separate nothing."""
+    text = re.sub(r"\{(\w)\}", r"\1", text)
+    return re.sub(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", "", text)
+
+
 def equal(boxed, reference):
     """Do both say the same? Choices by their letter, words as words, formulas by math-verify."""
+    if all(re.fullmatch("-?[0-9]{1,18}", text) for text in (boxed, reference)):
+        return int(boxed) == int(reference)                     # needs no computer algebra
     from math_verify import LatexExtractionConfig, parse, verify
     from latex2sympy2_extended import NormalizationConfig
-    boxed, reference = tidy(boxed), tidy(reference)
+    if squash(boxed) == squash(reference):
+        return squash(boxed) != ""
+    (boxed, unit), (reference, its_unit) = tidy(boxed), tidy(reference)
+    if unit and its_unit and unit != its_unit:                  # 5 AM, 5 PM
+        return False
+    plain = [re.sub(r" ?\\?%$", "", text) for text in (boxed, reference)]
+    if (plain[0] == boxed) != (plain[1] == reference) and equal(*plain):        # 12.5\% and 12.5
+        return True
     if choice := re.fullmatch(CHOICE, reference, re.I):
         reference = choice[1]
     if choice := re.fullmatch(CHOICE, boxed, re.I):
         boxed = choice[1] if re.fullmatch("[A-Z]", reference) else choice[2] or choice[1]
-    if boxed == reference or words(boxed) or words(reference):
-        return boxed != "" and (boxed == reference or words(boxed) == words(reference))
+    if squash(boxed) == squash(reference):
+        return squash(boxed) != ""
+    if words(boxed) or words(reference):
+        return words(boxed) == words(reference)
+
+    letters = set(re.sub(r"\\[A-Za-z]+", "", boxed + reference))
+    def formula(text):
+        def symbol(m):
+            if m[3] and m[3].lower() in letters:
+                return rf"\text{{{2 * m[3]}}}"                  # or R - r would be 0
+            return rf"\text{{{m[1]}}}" if m[1] else "{I}" if m[2] else m[0]
+        text = re.sub(NAME, symbol, text)
+        if text.count(r"\pm") == 1:                             # two answers
+            text = text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-")
+        return parse(f"${text}$", rules, parsing_timeout=None, fallback_mode="no_fallback")
+
     # Without its own units, for which 2t is 2, and without its search for a number in any text.
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     rules = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=rules)]
-    gold, answer = (parse("$" + re.sub(NAME, symbol, text) + "$", rules, parsing_timeout=None,
-                          fallback_mode="no_fallback") for text in (reference, boxed))
-    return verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
+    gold, answer = formula(reference), formula(boxed)
+    if not verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
+        return False
+    a, b = gold[0], answer[0]                   # verify rounds to six places: 2^-100 would be 2^-99
+    numbers = getattr(a, "is_number", False) and getattr(b, "is_number", False)
+    return not numbers or a == b or bool(abs((a - b).doit().n()) <= 1e-6 * abs(a.doit().n()))
 
 
-def symbol(m):
-    return rf"\text{{{m[1]}}}" if m[1] else "{I}" if m[2] else m[0]
-
-
-def verify_worker(pipe, seconds, megabytes):
+def verify_worker(pipe, seconds):
     """Answer (boxed, reference) pairs from the pipe with 1.0 or 0.0 until it closes.
 
     The time limit is the kernel's: after `seconds` of CPU time SIGPROF ends the process, whatever C
     code it is in. math-verify's own timeouts have to wait for the interpreter, and are off."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to handle
-    resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
+    resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     pipe.send("ready")
     while True:
         try:
@@ -1018,21 +1082,23 @@ def verify_worker(pipe, seconds, megabytes):
 class Verifier:
     """math-verify in worker processes. `killed` counts answers that ran into a limit: scored 0."""
 
-    def __init__(self, workers=None, seconds=5.0, megabytes=4096):
+    def __init__(self, workers=None, seconds=5.0):
         # The fork server imports once what workers need: one starts in .1 s, without GPU state.
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["torch.distributed", "math_verify"])
-        self.limits, self.killed = (seconds, megabytes), 0
-        share = os.cpu_count() // int(launched.get("LOCAL_WORLD_SIZE", 1))
-        self.idle = [self.start() for _ in range(workers or max(1, min(32, share)))]
+        self.seconds, self.killed = seconds, 0
+        workers = workers or max(1, min(32, os.cpu_count() // LOCAL_WORLD))
+        self.idle = [self.start() for _ in range(workers)]
         need(self.score([r"\boxed{\frac{1}{2}}"], ["0.5"]) == [1.0],
-             f"math-verify fails at 1/2 = 0.5: is it installed, and has it room in {megabytes} MB?")
+             "math-verify fails at 1/2 = 0.5: is it installed, and has it room in 4 GiB?")
 
     def start(self):
         ours, theirs = self.context.Pipe()
-        self.context.Process(target=verify_worker, args=(theirs, *self.limits), daemon=True).start()
-        theirs.close()
-        with explained("a verifier process ended at once: was this file edited meanwhile?"):
+        with explained("a verifier process does not start: was this file edited meanwhile? Or is "
+                       "TMPDIR's name too long?"):
+            args = theirs, self.seconds
+            self.context.Process(target=verify_worker, args=args, daemon=True).start()
+            theirs.close()
             ours.recv()                                         # its greeting
         return ours
 
@@ -1042,14 +1108,9 @@ class Verifier:
         pairs = []                                              # of a response: (boxed, reference)
         for response, answer in zip(responses, answers, strict=True):
             boxed = last_boxed(response)
-            references = [answer] if isinstance(answer, str) else answer
-            pairs.append([(boxed, reference) for reference in references] if boxed else [])
-        verdict, todo, busy = {}, [], {}
-        for pair in dict.fromkeys(sum(pairs, [])):              # each distinct one once
-            integers = all(re.fullmatch("-?[0-9]{1,18}", x) for x in pair)
-            verdict[pair] = float(len(set(map(int, pair) if integers else pair)) == 1)
-            if not verdict[pair] and not integers:              # this needs computer algebra
-                todo.append(pair)
+            pairs.append([(boxed, reference) for reference in as_list(answer) if boxed])
+        verdict = dict.fromkeys(sum(pairs, []), 0.0)            # each distinct pair once
+        todo, busy = list(verdict), {}
         while todo or busy:
             while todo and self.idle:
                 pipe = self.idle.pop()
@@ -1085,7 +1146,6 @@ class HFSampler:
     def sleep(self):
         """Nothing to give back: the weights are the trainer's own."""
 
-    @torch.no_grad()
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=0):
         """n samples of each prompt (ids) -> list[Sample], in order. Temperature 0 is greedy."""
         from transformers import GenerationConfig, TopPLogitsWarper
@@ -1100,11 +1160,11 @@ class HFSampler:
             y_B1 = logp_BV.exp().multinomial(1) if temperature else logp_BV.argmax(-1, keepdim=True)
             columns.append(logp_BV.gather(1, y_B1))
             return torch.zeros_like(logp_BV).scatter(1, y_B1, 1.0)
-        config = GenerationConfig(do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos,
-                                  pad_token_id=self.pad)
         # `generate` takes unset fields from the checkpoint's; gradient checkpointing has no cache.
         device, own = self.model.device, self.model.generation_config
-        self.model.generation_config = GenerationConfig()
+        self.model.generation_config = GenerationConfig(
+            do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos,
+            pad_token_id=self.pad)
         self.model.eval()
         rows, samples = [torch.tensor(p) for p in prompts for _ in range(n)], []
         # At most 128 MB of logits, and 16,384 tokens of cache.
@@ -1112,12 +1172,12 @@ class HFSampler:
         size = max(1, min(2**25 // vocab, 2**14 // (max_tokens + max(map(len, rows), default=0))))
         for i in progress(range(0, len(rows), size), "sampling"):
             part = rows[i:i + size]
-            ids_BL = pad_sequence(part, True, self.pad, "left").to(device)
-            seen_BL = pad_sequence([torch.ones_like(p) for p in part], True, 0, "left").to(device)
+            ids_BL = pad_sequence(part, True, -1, "left").to(device)
+            seen_BL = (ids_BL >= 0).long()                      # not the padding
             columns.clear()
             with autocast(device, self.precision):
-                out_BL = self.model.generate(ids_BL, attention_mask=seen_BL,
-                                             generation_config=config, logits_processor=[choose])
+                out_BL = self.model.generate(ids_BL.clamp(min=0), attention_mask=seen_BL,
+                                             logits_processor=[choose])
             responses, logps = out_BL[:, ids_BL.shape[1]:].tolist(), torch.cat(columns, 1).tolist()
             for prompt, ids, logp in zip(part, responses, logps):
                 end = next((t + 1 for t, y in enumerate(ids) if y in self.eos), None)
@@ -1137,17 +1197,15 @@ class VLLMSampler:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
         self.eos, cuda = eos, torch.cuda.is_available()
-        memory = dict(kv_cache_memory_bytes=2**30)
-        if cuda:
-            memory = dict(gpu_memory_utilization=gpu_memory)
         with explained(f"vLLM does not start with {path}; change --gpu-memory, lower "
                        "--max-response-tokens, or take --sampler hf"):
             self.llm = LLM(
-                model=str(path), dtype=str(DTYPES[precision]).removeprefix("torch."), seed=0,
-                max_model_len=max_tokens, enforce_eager=not cuda, enable_sleep_mode=cuda,
+                model=str(path), dtype=DTYPES[precision], max_model_len=max_tokens,
+                enforce_eager=not cuda, enable_sleep_mode=cuda,
                 generation_config="vllm", logprobs_mode="processed_logprobs", watermark=0.05,
                 distributed_executor_backend="external_launcher" if WORLD > 1 else None,
-                hf_overrides={"head_dtype": "float32"}, **memory)
+                hf_overrides={"head_dtype": "float32"}, gpu_memory_utilization=gpu_memory,
+                kv_cache_memory_bytes=None if cuda else 2**30)
         self.sleep()
 
     def sleep(self):
@@ -1156,8 +1214,7 @@ class VLLMSampler:
 
     def load_weights(self, model):
         """Copy the trainer's parameters, and forget the prefixes cached under the old ones."""
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()                     # what torch holds unused, vLLM cannot have
+        torch.cuda.empty_cache()                         # what torch holds unused, vLLM cannot have
         with explained("vLLM does not wake up; lower --gpu-memory"):
             self.llm.wake_up(tags=["weights"])
             weights = model.state_dict().items()
@@ -1167,10 +1224,9 @@ class VLLMSampler:
 
     def generate(self, prompts, n, max_tokens, temperature=1.0, top_p=1.0, seed=0):
         """n samples of each prompt (ids) -> list[Sample], in order. Temperature 0 is greedy."""
-        import numpy as np
+        from transformers import set_seed
         from vllm import SamplingParams
-        torch.manual_seed(seed)                             # vLLM draws from torch's generator, and
-        np.random.seed(seed % 2**32)                          # on a GPU seeds requests from numpy's
+        set_seed(seed % 2**32)      # vLLM draws from torch's, on a GPU seeds requests from numpy's
         params = SamplingParams(n=n if temperature else 1, temperature=temperature, top_p=top_p,
                                 max_tokens=max_tokens, stop_token_ids=self.eos, logprobs=0,
                                 flat_logprobs=True, detokenize=False)
@@ -1183,33 +1239,29 @@ class VLLMSampler:
 # -------------------------------------------------------------------------------------------- Head
 
 class HeadStats(torch.autograd.Function):
-    """logp_entropy(hidden @ weight.T / temperature, targets), a chunk of rows at a time. The
-    backward computes each chunk's logits again, so that the peak does not grow with N."""
+    """logp_entropy(x @ W.T, targets), a chunk of rows at a time. The backward computes each chunk's
+    logits again, so that the peak does not grow with N."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, temperature, entropy_grad, chunk, kappa):
-        W_VD = weight_VD.float()
-        parts = []
-        for x_CD, y_C in zip(hidden_ND.split(chunk), targets_N.split(chunk)):
-            logits_CV = x_CD.float() / temperature @ W_VD.T
-            parts.append(logp_entropy(logits_CV, y_C, kappa))
+    def forward(ctx, x_ND, W_VD, targets_N, entropy_grad, chunk, kappa):
+        parts = [logp_entropy(x_CD @ W_VD.T, y_C, kappa)
+                 for x_CD, y_C in zip(x_ND.split(chunk), targets_N.split(chunk))]
         stats = tuple(torch.cat(column) for column in zip(*parts))
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, *stats[:2])
-        ctx.settings = temperature, entropy_grad, chunk
+        ctx.save_for_backward(x_ND, W_VD, targets_N, *stats[:2])
+        ctx.settings = entropy_grad, chunk
         ctx.mark_non_differentiable(*stats[1 + entropy_grad:])
         return stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp_N, g_entropy_N, *_):
-        hidden_ND, weight_VD, targets_N, logp_N, entropy_N = ctx.saved_tensors
-        temperature, entropy_grad, chunk = ctx.settings
-        W_VD = weight_VD.float()
-        g_hidden_ND = torch.zeros_like(hidden_ND)
-        g_weight_VD = torch.zeros_like(W_VD)
+        x_ND, W_VD, targets_N, logp_N, entropy_N = ctx.saved_tensors
+        entropy_grad, chunk = ctx.settings
+        g_x_ND = torch.zeros_like(x_ND)
+        g_W_VD = torch.zeros_like(W_VD)
         needed_N = (g_logp_N != 0) | entropy_grad               # a dropped token costs no backward
         for n_C in needed_N.nonzero().squeeze(1).split(chunk):
-            x_CD = hidden_ND[n_C].float() / temperature
+            x_CD = x_ND[n_C]
             y_C1 = targets_N[n_C, None]
             logp_C1 = logp_N[n_C, None]
             z_CV = x_CD @ W_VD.T
@@ -1221,9 +1273,9 @@ class HeadStats(torch.autograd.Function):
             dz_CV = pi_CV.scatter_(1, y_C1, logp_C1.expm1()).mul_(-g_logp_N[n_C, None])
             if entropy_grad:
                 dz_CV -= h_CV
-            g_hidden_ND[n_C] = (dz_CV @ W_VD / temperature).to(hidden_ND.dtype)
-            g_weight_VD.addmm_(dz_CV.T, x_CD)
-        return g_hidden_ND, g_weight_VD.to(weight_VD.dtype), None, None, None, None, None
+            g_x_ND[n_C] = dz_CV @ W_VD
+            g_W_VD.addmm_(dz_CV.T, x_CD)
+        return g_x_ND, g_W_VD, None, None, None, None
 
 
 def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=False, chunk=256,
@@ -1233,11 +1285,11 @@ def token_stats(hidden_ND, lm_head, targets_N, temperature=1.0, entropy_grad=Fal
     Never holds more than a few tensors of one chunk of logits, forward or backward. Differentiable
     in hidden and lm_head.weight; the entropy has a gradient only with `entropy_grad`. UserError: a
     head with a bias."""
-    if getattr(lm_head, "bias", None) is not None:
-        raise UserError("the model's output head has a bias, which the loss leaves out")
+    need(getattr(lm_head, "bias", None) is None,
+         "the model's output head has a bias, which the loss leaves out")
     with torch.autocast(hidden_ND.device.type, enabled=False):  # the head is fp32 in autocast, too
-        return HeadStats.apply(hidden_ND, lm_head.weight, targets_N, temperature, entropy_grad,
-                               chunk, kappa)
+        return HeadStats.apply(hidden_ND.float() / temperature, lm_head.weight.float(), targets_N,
+                               entropy_grad, chunk, kappa)
 
 
 # -------------------------------------------------------------------------- Models and checkpoints
@@ -1262,8 +1314,9 @@ def load_model(path, device):
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     with explained(f"model {path}: cannot be loaded; check path and network"):
         config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        for name in [k for k, v in vars(config).items() if "drop" in k and isinstance(v, float)]:
-            setattr(config, name, 0.0)                         # with dropout r ≠ 1 at equal weights
+        noise = [name for name, value in vars(config).items()
+                 if re.search("drop|jitter", name) and isinstance(value, float)]
+        config.update(dict.fromkeys(noise, 0.0))                # with it r ≠ 1 at equal weights
         model, info = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32,
                                                            output_loading_info=True)
         model.to(device)
@@ -1271,10 +1324,9 @@ def load_model(path, device):
     need(not lost, f"model {path}: {len(lost)} of its tensors are missing, the first is {lost[:1]}")
     need(len(tokenizer) <= rows,
          f"model {path}: its tokenizer has {len(tokenizer)} tokens, its embedding {rows}")
-    finite = all(p.isfinite().all() for p in model.parameters())
-    need(finite, f"model {path}: its weights hold NaN or infinity; get another copy")
-    listed = model.generation_config.eos_token_id
-    eos = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    need(all(p.isfinite().all() for p in model.parameters()),
+         f"model {path}: its weights hold NaN or infinity; get another copy")
+    eos = {tokenizer.eos_token_id, *as_list(model.generation_config.eos_token_id)} - {None}
     need(eos, f"model {path}: neither tokenizer nor generation config has an end-of-sequence token")
     text = "Let x = 3.\n\n  Then 2x = 6"                        # the wrong class loses white space
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -1309,10 +1361,12 @@ def free_memory(device):
         torch.cuda.empty_cache()                                # what loading has left behind
         return torch.cuda.mem_get_info(device)[0]
     free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
-    container = Path("/sys/fs/cgroup/memory.max")               # "max", or a number of bytes
-    if container.exists() and (limit := container.read_text().strip()).isdigit():
-        free = min(free, int(limit))
-    return free // int(launched.get("LOCAL_WORLD_SIZE", 1))
+    container = Path("/sys/fs/cgroup")
+    limit = container / "memory.max"                            # "max", or a number of bytes
+    if limit.exists() and limit.read_text().strip().isdigit():
+        used = re.search(r"^anon (\d+)", (container / "memory.stat").read_text(), re.M)
+        free = min(free, int(limit.read_text()) - int(used[1]))
+    return free // LOCAL_WORLD
 
 
 def step_memory(model, precision, tokens):
@@ -1320,13 +1374,13 @@ def step_memory(model, precision, tokens):
     config = model.config.get_text_config()
     V, D = model.get_output_embeddings().weight.shape
     mlp = getattr(config, "intermediate_size", None) or 4 * D
-    weights, bits = 4 * model.num_parameters(), 32 if precision == "fp32" else 16
+    weights = 4 * model.num_parameters()
     copies = 0                                                  # autocast's, of the body's weights
-    if bits == 16:
+    if precision != "fp32":
         copies = 2 * (model.base_model.num_parameters() - V * D)
     # A layer saves four tensors as wide as its MLP, in the body's precision, and some ten as wide
     # as its hidden state. The attention's matrix is never held: it is computed in tiles.
-    layer = tokens * (36 * D + bits / 2 * mlp)
+    layer = tokens * (36 * D + 4 * DTYPES[precision].itemsize * mlp)
     # The head's gradient, five chunks of logits, three times the hidden states.
     head = 4 * (V * D + 5 * min(tokens, 256) * V + 3 * tokens * D)
     saved = 1.2 * config.num_hidden_layers * layer + copies     # malloc adds about a fifth
@@ -1341,7 +1395,7 @@ def step_memory(model, precision, tokens):
 
 def plan_memory(model, cfg, longest):
     """Set cfg.micro_tokens, if it is 0, to the largest budget that fits, and in any case to no more
-    than a mini-batch can have -> the line to print. UserError if not even one row fits."""
+    than a mini-batch and no less than a row -> the line to print. UserError if no row fits."""
     gather("all have loaded their weights")
     free, gpu = min(gather(free_memory(model.device))) / 2**30, model.device.type == "cuda"
     rows = math.ceil(cfg.minibatch_prompts * cfg.group_size / WORLD)
@@ -1367,16 +1421,15 @@ def plan_memory(model, cfg, longest):
     if 4 * parts["weights"] > room:
         remedy = "take a smaller --model"
     need(sum(parts.values()) <= room, f"out of memory: {line}; {remedy}")
-    cfg.micro_tokens = min(cfg.micro_tokens or tokens, tokens)
+    cfg.micro_tokens = tokens
     return line
 
 
 def rehearse(model, optimizer, cfg, longest):
     """Forward and backward of the largest micro-batch, Adam's moments in place: what does not fit
     fails now, not in an hour. Leaves weights and optimizer as they were."""
-    tokens = max(longest, cfg.micro_tokens)
-    rows = math.ceil(tokens / longest)
-    L = tokens // rows
+    rows = math.ceil(cfg.micro_tokens / longest)
+    L = cfg.micro_tokens // rows
     T = min(L - 1, cfg.max_response_tokens)
     micro = [Sample([0] * (L - T), [0] * T, [], True)] * rows
     for group in optimizer.param_groups:
@@ -1386,8 +1439,8 @@ def rehearse(model, optimizer, cfg, longest):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()                                        # allocates moments, moves nothing
-        logp_BT, entropy_BT, *_ = forward(model, micro, cfg)
-        (logp_BT.sum() + cfg.entropy_coef * entropy_BT.sum()).backward()
+        logp_BT, *_ = forward(model, micro, cfg)
+        logp_BT.sum().backward()
     optimizer.zero_grad()
     for state in optimizer.state.values():                      # the moments stay in place: made
         state["step"].zero_()                                   # later, they lie amid vLLM's memory
@@ -1398,7 +1451,7 @@ LOGS = "metrics.jsonl", "samples.jsonl"
 
 def append(path, record):
     if RANK == 0:
-        with open(path, "a") as f:
+        with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
@@ -1415,11 +1468,16 @@ def whole_file(path):
         os.replace(new, path)
 
 
+def rewrite(path, text):
+    if RANK == 0:
+        with whole_file(path) as f:
+            f.write(text.encode())
+
+
 def begin(out, cfg):
     """A new run's records -> (steps done, cursor, steps without a finite gradient)."""
+    rewrite(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     if RANK == 0:
-        with whole_file(out / "config.json") as f:
-            f.write(json.dumps(asdict(cfg), indent=1).encode() + b"\n")
         for name in LOGS:                                       # of a run without a checkpoint yet
             (out / name).write_text("")
     return 0, 0, 0
@@ -1453,12 +1511,10 @@ def restore(out, model, optimizer, scaler, problems):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        for path in (out / name for name in LOGS):
-            lines = path.read_text().split("\n")[:-1]           # the last one may be cut off
+        for name in LOGS:
+            lines = (out / name).read_text("utf-8").split("\n")[:-1]   # the last one may be cut off
             lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
-            if RANK == 0:
-                with whole_file(path) as f:
-                    f.write("".join(lines).encode())
+            rewrite(out / name, "".join(lines))
     return state["step"], state["cursor"], state["failed"]
 
 
@@ -1523,15 +1579,16 @@ def evaluation(cfg):
     decides on it; what is in there already is not sampled again."""
     device, out, plan = start(cfg), Path(cfg.out), []
     with explained(f"{out}: not a file of eval's; name another with --out"):
-        done = dict(json.loads(out.read_text())) if out.exists() else {}
+        done = json.loads(out.read_text()) if out.exists() else {}
+        need(all("responses" in found for found in done.values()), f"{out}: holds something else")
     where = torch.device("cpu") if cfg.sampler == "vllm" else device     # vLLM has its own copy
     model, tokenizer, eos = load_model(cfg.model, where)
     weights = sum(p.double().norm().item() for p in model.parameters())
-    for name in dict.fromkeys(re.split("[, ]+", cfg.data.strip(", "))):
+    for name in filter(None, map(str.strip, cfg.data.split(","))):
         source, k, limit = BENCHMARKS.get(name, (name, 32, 16384))
         prompts = load_prompts(source, tokenizer, cfg)
         how = cfg.group_size or k, cfg.max_response_tokens or limit, cfg.temperature, 0.95, cfg.seed
-        key = f"{name} {how} {crc32(repr((prompts, weights)).encode()):x}"
+        key = f"{name} {how} {crc32(repr((prompts, weights, cfg.precision)).encode()):x}"
         plan.append((name, key, prompts, how))
     longest = max(how[1] + len(ids) for _, _, prompts, how in plan for ids, _ in prompts)
     sampler, verifier = make_sampler(cfg, model, tokenizer, eos, longest), Verifier()
@@ -1541,12 +1598,10 @@ def evaluation(cfg):
         if key not in done:
             rows = evaluate(sampler, verifier, tokenizer, prompts, *how)
             done[key] = summary(rows) | dict(responses=rows)
-            if RANK == 0:
-                with whole_file(out) as f:
-                    f.write(json.dumps(done).encode())
+            rewrite(out, json.dumps(done))
         got = done[key]
         say(f"{name[-30:]:30}{got['problems']:8}{got['k']:4}{got['accuracy']:8.1%} "
-            f"{got['standard_error'] or math.nan:7.1%}{got['length']:9.1f}{got['truncated']:9.1%}")
+            f"{float(got['standard_error'] or 0):7.1%}{got['length']:9.1f}{got['truncated']:9.1%}")
     mean = statistics.fmean(done[key]["accuracy"] for _, key, _, _ in plan)
     say(f"{'mean':42}{mean:8.1%}\nevery score: {out}")
 
@@ -1559,7 +1614,8 @@ def load_runs(paths):
     labels = {}
     for path in dict.fromkeys(Path(x).resolve() for x in paths):
         with explained(f"{path}: holds no run"):
-            lines = (path / "metrics.jsonl").read_text().split("\n")[:-1]  # the last may be cut off
+            lines = (path / "metrics.jsonl").read_text("utf-8").split("\n")
+            lines = lines[:-1]                                  # the last may be cut off
             cfg = json.loads((path / "config.json").read_text())
             run = cfg, [json.loads(line) for line in lines], path
             labels.setdefault(re.sub(r"-\d+$", "", path.name), []).append(run)
@@ -1604,9 +1660,9 @@ def token_panels(labels, path):
         with explained(f"{run}/tokens.npz is damaged, or of another version"):
             t = dict(np.load(run / "tokens.npz"))
             p_old_N, p_N, rho_N = np.exp(t["old_logp"]), np.exp(t["logp"]), t["rho"]
-            drop_N, ppo_N = t["erc_drop"] > 0, (t["ppo_clip"] > 0) & (t["erc_drop"] == 0)
+            drop_N, ppo_N = t["erc_drop"] > 0, t["ppo_clip"] > 0
         *scatters, histogram = axes
-        kinds = {"kept": ~(drop_N | ppo_N), "past the PPO bound": ppo_N,      # what policy_loss did
+        kinds = {"kept": ~drop_N & ~ppo_N, "past the PPO bound": ~drop_N & ppo_N,  # by policy_loss
                  "ERC, above the band": drop_N & (rho_N > 1), "ERC, below": drop_N & (rho_N < 1)}
         panels = [(p_old_N, rho_N, "π_old(y)", "ρ", f"{label}: entropy ratio (Fig. 1a)"),
                   (p_old_N, p_N, "π_old(y)", "π_θ(y)", "new against old probability (Fig. 3)"),
@@ -1646,7 +1702,7 @@ def build_tiny(path, target=0.30, seed=0):
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     say(f"building the tiny base model in {path}, once")
     torch.manual_seed(seed)
-    rng, cfg, roles = random.Random(seed), Config(preset="tiny"), ["<|user|>", "<|assistant|>"]
+    rng, cfg, roles = random.Random(seed), Config(precision="fp32"), ["<|user|>", "<|assistant|>"]
     # Qwen2's own class, without merges: beside a qwen2 config transformers makes it of any other.
     vocab = {c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>", *roles])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=roles)
@@ -1656,7 +1712,7 @@ def build_tiny(path, target=0.30, seed=0):
     model = Qwen2ForCausalLM(Qwen2Config(               # head dimension 32: vLLM knows none smaller
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        bos_token_id=None, eos_token_id=eos, pad_token_id=eos)).train()
+        bos_token_id=None, eos_token_id=eos, pad_token_id=eos))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(pairs)
@@ -1700,8 +1756,10 @@ def main(argv=None):
         raise KeyboardInterrupt(143)
     signal.signal(signal.SIGTERM, terminate)
     argv = sys.argv[1:] if argv is None else argv
-    if RANK > 0:
+    if RANK > 0 or sys.stdout is None:
         sys.stdout = open(os.devnull, "w")                      # rank 0 speaks for all
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")                # a terminal without ρ gets a ?
     try:
         if argv[:1] == ["plot"]:
             ap = parser("plot", [])
@@ -1712,12 +1770,12 @@ def main(argv=None):
             say(f"one process a GPU: {' '.join(on_all_gpus(argv))}")
             os.execv(sys.executable, on_all_gpus(argv))
         elif argv[:1] == ["eval"]:
-            names = ("model instruction prompt_field answer_field template_kwargs precision "
-                     "sampler max_response_tokens temperature gpu_memory seed out")
+            names = ("model prompt_field answer_field instruction template_kwargs "
+                     "max_response_tokens temperature precision sampler gpu_memory seed out")
             ap = parser("eval", names.split())
-            ap.add_argument("--benchmarks", dest="data", default=EVAL["data"],
-                            help="of these, and data of yours as for --data [%(default)s]")
-            ap.add_argument("--k", dest="group_size", type=int, default=0,
+            ap.add_argument("--benchmarks", dest="data",
+                            help=f"of these, and data of yours as for --data [{EVAL['data']}]")
+            ap.add_argument("--k", dest="group_size", type=int,
                             help="responses a problem; 0: as in the paper (§4.1)")
             given = EVAL | vars(ap.parse_args(argv[1:]))
             given.setdefault("out", f"runs/eval-{Path(given.get('model', Config.model)).name}.json")
