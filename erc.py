@@ -814,8 +814,8 @@ def problem_from(record, prompt_fields, answer_fields):
         need(not index or isinstance(answer, str) and answers[0] in choices,
              f"{name} is an index into the choices")
     "".join(texts + answers).encode()                           # a lone surrogate is no text
-    alone = len(turns) == 1 and turns[0]["role"] == "user"
-    return Problem(texts[0] if alone else turns, answers if len(answers) > 1 else answers[0])
+    prompt = turns if isinstance(prompt, list) else prompt
+    return Problem(prompt, answers if len(answers) > 1 else answers[0])
 
 
 def answer_text(value, name, only_boxed):
@@ -987,14 +987,14 @@ def tidy(text):
         text = re.sub(r",? *\\\\", ", ", text).replace("&", " ")
     for old, new in SPELLINGS:
         text = re.sub(old, new, text)
-    unit = re.search(UNIT, text)
-    if unit and not re.search(OTHER, unit[0]):
-        text = text[:unit.start()]
-    else:
-        unit = None
+    unit = ""
+    found = re.search(UNIT, text)
+    if found and not re.search(OTHER, found[0]):
+        text = text[:found.start()]
+        unit = found[1] or ""                                   # degrees C and F are none
     for old, new in NUMBERS:
         text = re.sub(old, new, text)
-    return text.strip(), re.findall("[a-z]+", (unit and unit[1] or "").casefold())
+    return text.strip(), re.findall("[a-z]+", unit.casefold())
 
 
 def words(text):

@@ -836,14 +836,15 @@ KLEAR = dict(data_source="x", prompt=[USER], reward_model=dict(ground_truth="540
 RECORDS = [  # record, prompt, answer
     (dict(problem="p", answer="a", solution="s"), "p", "a"), (dict(question="q", answer=27.0), "q", "27.0"),
     (dict(input="i", target=1e-5), "i", "0.00001"), (dict(input="i", target=1e16), "i", "1" + "0" * 16),
-    (dict(problem="é\u2028", expected_answer=["x"]), "é\u2028", "x"), (KLEAR, "Find x.", "540"),
+    (dict(problem="é\u2028", expected_answer=["x"]), "é\u2028", "x"), (KLEAR, [USER], "540"),
     (KLEAR | dict(prompt=[USER, USER]), [USER, USER], "540"), (dict(messages=BEGUN, answer=5), BEGUN, "5"),
-    (dict(prompt=json.dumps([USER]), reward_model='{"ground_truth": "540"}'), "Find x.", "540"),
+    (dict(prompt=json.dumps([USER]), reward_model='{"ground_truth": "540"}'), [USER], "540"),
     (dict(input="p", target='["1", "2"]'), "p", ["1", "2"]), (dict(input="p", label="[1, 2]"), "p", "[1, 2]"),
     (dict(input="q", answer="6 * 7\n#### 42"), "q", "42"), (dict(input="p", answer=None, label=0), "p", "0"),
     (dict(problem="p", solution=r"\boxed{1}, no: \boxed{\frac12}."), "p", r"\frac12"),
-    (dict(input="q", choices=["1", "2"], label="2"), "q", "2"), (dict(input="p", label=r"\boxed{7}"), "p", "7"),
-    (dict(messages=[dict(role="system", content=""), USER], answer=5), "Find x.", "5")]
+    (dict(input="q", choices=["1", "2"], label="2"), "q", "2"),
+    (dict(input="p", label=r"\boxed{7}"), "p", "7"),
+    (dict(messages=[dict(role="system", content=""), USER], answer=5), [USER], "5")]
 
 
 def test_records_that_are_problems(tmp_path):
