@@ -31,8 +31,10 @@ def summary(metrics):
 
 def interval(values):
     """Mean and half width of its 95 % interval."""
-    half = T.get(len(values), 2.1) * statistics.stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
-    return statistics.fmean(values), half
+    if len(values) == 1:
+        return values[0], 0.0
+    error = statistics.stdev(values) / len(values)**0.5
+    return statistics.fmean(values), T.get(len(values), 2.1) * error
 
 
 def windows(metrics, size=10):
@@ -71,13 +73,16 @@ def main(paths, out):
     fig = Figure((15, 1.5 + 0.3 * len(found)), layout="constrained")
     *bars, line = fig.subplots(1, 4, width_ratios=[1, 1, 1, 1.6])
     for ax, column in zip(bars, ("accuracy", "reward", "p99")):
-        ends = [interval([run[column] for run in runs.values()]) for runs in found.values()]
-        means, halves = zip(*ends)
-        ax.errorbar(means, range(len(found)), xerr=halves, fmt="o", ms=4, capsize=2, color=erc.COLOURS[0])
-        ax.axvline(means[0], color="0.7", lw=1, zorder=0)
+        for y, runs in enumerate(found.values()):               # a dot a seed, and a bar at the mean
+            values = [run[column] for run in runs.values()]
+            ax.plot(values, [y] * len(values), "o", ms=4, alpha=0.5, color=erc.COLOURS[0])
+            ax.plot(statistics.fmean(values), y, "|", ms=14, color=erc.COLOURS[1])
+        ax.axvline(statistics.fmean(run[column] for run in found[base].values()), color="0.7", lw=1, zorder=0)
         ax.set(title=column, yticks=range(len(found)), ylim=(len(found) - 0.5, -0.5))
         ax.set_yticklabels(found if ax is bars[0] else [])
-    bars[2].set(title="gradient norm, p99")
+    bars[2].set(title="gradient norm, p99", xscale="log")
+    bars[2].set_xticks([5, 10, 20, 50], ["5", "10", "20", "50"])
+    bars[2].minorticks_off()
     family = [name for name in methods if "dapo" in name] or [base]
     for i, name in enumerate(family):
         shortest = min(map(len, points[name]))
