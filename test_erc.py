@@ -1136,9 +1136,11 @@ def lived(out, *args, status=0, before=lambda: None):
 
 
 def alone(drill, *args):
-    """Calls a function of this file in a process of its own, which may fork: it has no threads yet."""
+    """Calls a function of this file in a process of its own, which may fork: it has no other threads, or
+    the fork would wait for them."""
     args = [[*map(str, arg)] if isinstance(arg, list) else str(arg) for arg in args]
-    succeeds(python("-c", f"import test_erc as t; t.{drill.__name__}(*{args})"))
+    code = f"import test_erc as t; t.torch.set_num_threads(1); t.{drill.__name__}(*{args})"
+    succeeds(python("-c", code))
 
 
 def whole_and_resumed(out, flags):
