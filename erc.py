@@ -810,7 +810,7 @@ def problem_from(record, prompt_fields, answer_fields):
     answers = [answer_text(x, name, boxed) for x in as_list(answer)]
     need(answers, f"{name} is empty")
     for choices in (x for key, x in record.items() if key.lower() in CHOICES and x):
-        index = isinstance(answer, int) or re.fullmatch(r"\d|[A-J]", answers[0])
+        index = re.fullmatch(r"\d|[A-J]", answers[0])
         need(not index or isinstance(answer, str) and answers[0] in choices,
              f"{name} is an index into the choices")
     "".join(texts + answers).encode()                           # a lone surrogate is no text
