@@ -530,7 +530,8 @@ def explained(what):
     try:
         yield
     except Exception as e:
-        why = e.__cause__ or e                                  # `datasets` hides the reason there
+        hidden = type(e).__name__ == "DatasetGenerationError"   # of `datasets`: its cause says why
+        why = e.__cause__ if hidden else e
         why = (str(why).strip() or type(why).__name__).splitlines()[0]
         raise e if isinstance(e, UserError) else UserError(f"{what} ({why})") from e
 
@@ -968,7 +969,7 @@ NUMBERS = [
 # A choice's letter, and what the choice says unless that names another letter: (A) 12.
 CHOICE = r"(?:(?:option|choice|answer):? )?\(?((?-i:[A-Z]))(?:[).:]+ ?((?!.*\b(?-i:[A-Z])\b).*))?"
 # In a formula: letters that are a name and no product; i, the imaginary unit, save as an index; and
-# capitals, which math-verify takes for their small letters.
+# capitals, which math-verify takes for their small letters: wrong only where an answer has both.
 NAME = (r"\\(?:begin|end)\{\w*\}|\\?(gcd|lcm|(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}))"
         r"|\\[A-Za-z]+|(?<!_)(?<!_\{)(i)|([A-Z])")
 
@@ -1034,10 +1035,10 @@ def equal(boxed, reference):
     if words(boxed) or words(reference):
         return words(boxed) == words(reference)
 
-    letters = set(re.sub(r"\\[A-Za-z]+", "", boxed + reference))
+    bare = [re.sub(r"\\[A-Za-z]+", "", text) for text in (boxed, reference)]
     def formula(text):
         def symbol(m):
-            if m[3] and m[3].lower() in letters:
+            if m[3] and any(m[3] in letters and m[3].lower() in letters for letters in bare):
                 return rf"\text{{{2 * m[3]}}}"                  # or R - r would be 0
             return rf"\text{{{m[1]}}}" if m[1] else "{I}" if m[2] else m[0]
         text = re.sub(NAME, symbol, text)

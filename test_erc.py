@@ -718,7 +718,8 @@ A, B, C ≟ \text{A, B, and C}   Bob, Eve ≟ Eve and Bob   1011_2 ≟ \displays
 \frac{3 \pm \sqrt{5}}{2} ≟ \frac{3-\sqrt5}{2}, \frac{3+\sqrt5}{2}   \{x \mid x > 1\} ≟ \{x\mid x>1\}
 a b c ≟ abc   11,\! 111,\! 111 ≟ 11111111   100, 101 ≟ 100,101   \arctan 2 ≟ \operatorname{arctan} 2
 \begin{pmatrix}1\\2\end{pmatrix} ≟ \left(\begin{array}{c}1\\[4pt]2\end{array}\right)   \log 5 ≟ \lg 5
-\frac{5}{36} ≟ \frac{5}{36} \approx 0.139   5 ≟ 5 m/s   5 ≟ 5 \text{ m}   15 ≟ 15 miles per hour"""
+\frac{5}{36} ≟ \frac{5}{36} \approx 0.139   5 ≟ 5 m/s   5 ≟ 5 \text{ m}   15 ≟ 15 miles per hour
+B ≟ b   C ≟ (c)   x=3 ≟ X=3   2n+1 ≟ 2N+1"""
 REJECTED = r"""
 46 ≟ 47   46 ≟ 46.1   10 ≟ 01   \frac13 ≟ 0.33   (1,2) ≟ (2,1)   [0,1] ≟ [0,1)   46 ≟ \text{forty-six or so}
 4 ≟ 4\text{ or seven}   4 ≟ 4 (or 7)   4 ≟ 4; 7   5 ≟ 5 million   4 ≟ at least 4   234 ≟ 1,234   1234 ≟ 1;234
