@@ -1610,16 +1610,14 @@ def evaluation(cfg):
 # ----------------------------------------------------------------------------------------- Figures
 
 def load_runs(paths):
-    """Directories of runs -> {label: [(config, metrics, directory)]}. A run's label is the name of
-    its directory without the seed, so that runs/dapo-1 and runs/dapo-2 share one."""
+    """Directories of runs -> {label: {directory: metrics}}. A run's label is the name of its
+    directory without the seed, so that runs/dapo-1 and runs/dapo-2 share one."""
     labels = {}
-    for path in dict.fromkeys(Path(x).resolve() for x in paths):
+    for path in [Path(x).resolve() for x in paths]:
+        runs = labels.setdefault(re.sub(r"-\d+$", "", path.name), {})
         with explained(f"{path}: holds no run"):
             lines = (path / "metrics.jsonl").read_text("utf-8").split("\n")
-            lines = lines[:-1]                                  # the last may be cut off
-            cfg = json.loads((path / "config.json").read_text())
-            run = cfg, [json.loads(line) for line in lines], path
-            labels.setdefault(re.sub(r"-\d+$", "", path.name), []).append(run)
+            runs[path] = [json.loads(line) for line in lines[:-1]]      # the last may be cut off
     return labels
 
 
@@ -1637,7 +1635,7 @@ def curves(labels, path):
     for i, (label, runs) in enumerate(labels.items()):
         style = dict(color=COLOURS[i % 7], alpha=0.7, ms=3)
         corner.plot([], [], **style, label=label)
-        for _, metrics, _ in runs:
+        for metrics in runs.values():
             for ax, (x, y) in zip(axes, panels):
                 lines = [m for m in metrics if x in m and y in m]
                 mark = "-" if x == "step" else "."
@@ -1652,8 +1650,8 @@ def token_panels(labels, path):
     """Figs. 1a, 3, 4, 1c from tokens.npz, the updates of one step: a row a label, its first run."""
     import numpy as np
     from matplotlib.figure import Figure
-    shown = [(label, runs[0][2]) for label, runs in labels.items()
-             if (runs[0][2] / "tokens.npz").exists()]
+    shown = [(label, next(iter(runs))) for label, runs in labels.items()]
+    shown = [(label, run) for label, run in shown if (run / "tokens.npz").exists()]
     if not shown:
         return print(f"{path} is not drawn: no run has a tokens.npz yet")
     fig = Figure((19, 4.5 * len(shown)), layout="constrained")

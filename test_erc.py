@@ -1456,7 +1456,6 @@ def test_plot_draws_runs(four, tmp_path):
     metrics, runs = records(four.out), [tmp_path / name for name in ("dapo-1", "dapo-2", "erc-dapo-7")]
     for path in runs:
         write_lines(path / "metrics.jsonl", metrics)
-        shutil.copy(four.out / "config.json", path)
     labels = erc.load_runs([*runs, runs[0]])        # named twice, drawn once
     assert {label: len(some) for label, some in labels.items()} == {"dapo": 2, "erc-dapo": 1}
     assert "tokens.png is not drawn" in succeeds(call("plot", *runs, "--out", "none", cwd=tmp_path))
@@ -1474,7 +1473,6 @@ def test_compare_prints_intervals_and_paired_differences(tmp_path, capsys):
     the differences 1, 2, 0 have the mean 1 and the same s.d."""
     usual = dict(accuracy=0.5, rho_drift=0, kl=0, erc_drop=0, ppo_clip=0, grad_norms=[1.0, 2.0, 6.0])
     for name, seed, reward in zip("aaabbb", (1, 2, 3) * 2, (1, 2, 3, 2, 4, 3)):
-        write(tmp_path / f"{name}-{seed}/config.json", json.dumps(dict(seed=seed)))
         steps = [usual | dict(step=k, reward=reward, entropy=seed / 10) for k in range(1, 21)]
         write_lines(tmp_path / f"{name}-{seed}/metrics.jsonl", steps)
     compare = runpy.run_path(ROOT / "figures/compare.py")

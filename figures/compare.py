@@ -46,7 +46,7 @@ def windows(metrics, size=10):
 
 
 def main(paths, out):
-    methods = {name: {cfg["seed"]: metrics for cfg, metrics, _ in runs}
+    methods = {name: {path.name.removeprefix(name): metrics for path, metrics in runs.items()}
                for name, runs in erc.load_runs(paths).items()}
     base = next(iter(methods))
     found = {name: {seed: summary(m) for seed, m in runs.items()} for name, runs in methods.items()}
