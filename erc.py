@@ -1629,20 +1629,18 @@ def curves(labels, path):
     """Fig. 2, a line a run in its label's colour; and reward against entropy."""
     from matplotlib.figure import Figure
     fig = Figure((14, 7.5), layout="constrained")
-    *axes, corner = fig.subplots(2, 3).flat
-    panels = [("step", "entropy"), ("step", "grad_norm"), ("step", "reward"), ("step", "accuracy"),
-              ("entropy", "reward")]
-    for i, (label, runs) in enumerate(labels.items()):
-        style = dict(color=COLOURS[i % 7], alpha=0.7, ms=3)
-        corner.plot([], [], **style, label=label)
-        for metrics in runs.values():
-            for ax, (x, y) in zip(axes, panels):
-                lines = [m for m in metrics if x in m and y in m]
-                mark = "-" if x == "step" else "."
-                ax.plot([m[x] for m in lines], [m[y] for m in lines], mark, **style)
-                ax.set(title=f"{y} against {x}", xlabel=x)
-    corner.legend(loc="center")
-    corner.axis("off")
+    panels = [("step", "entropy"), ("step", "grad_norm"), ("step", "erc_drop"),
+              ("step", "reward"), ("step", "accuracy"), ("entropy", "reward")]
+    for ax, (x, y) in zip(fig.subplots(2, 3).flat, panels):
+        for i, (label, runs) in enumerate(labels.items()):
+            points = []
+            for metrics in runs.values():
+                points += [(m[x], m[y]) for m in metrics if x in m and y in m]
+                points.append((math.nan, math.nan))             # no line from one run to the next
+            mark = "-" if x == "step" else "."
+            ax.plot(*zip(*points), mark, ms=3, alpha=0.7, color=COLOURS[i % 7], label=label)
+        ax.set(title=f"{y} against {x}", xlabel=x)
+    ax.legend()
     fig.savefig(path, dpi=110)
 
 
