@@ -1648,34 +1648,33 @@ def token_panels(labels, path):
     """Figs. 1a, 3, 4, 1c from tokens.npz, the updates of one step: a row a label, its first run."""
     import numpy as np
     from matplotlib.figure import Figure
-    shown = [(label, next(iter(runs))) for label, runs in labels.items()]
-    shown = [(label, run) for label, run in shown if (run / "tokens.npz").exists()]
-    if not shown:
+    files = [next(iter(runs)) / "tokens.npz" for runs in labels.values()]
+    files = [file for file in files if file.exists()]
+    if not files:
         return print(f"{path} is not drawn: no run has a tokens.npz yet")
-    fig = Figure((19, 4.5 * len(shown)), layout="constrained")
-    for (label, run), axes in zip(shown, fig.subplots(len(shown), 4, squeeze=False)):
-        with explained(f"{run}/tokens.npz is damaged, or of another version"):
-            t = dict(np.load(run / "tokens.npz"))
-            p_old_N, p_N, rho_N = np.exp(t["old_logp"]), np.exp(t["logp"]), t["rho"]
-            drop_N, ppo_N = t["erc_drop"] > 0, t["ppo_clip"] > 0
-        *scatters, histogram = axes
-        kinds = {"kept": ~drop_N & ~ppo_N, "past the PPO bound": ~drop_N & ppo_N,  # by policy_loss
-                 "ERC, above the band": drop_N & (rho_N > 1), "ERC, below": drop_N & (rho_N < 1)}
-        panels = [(p_old_N, rho_N, "π_old(y)", "ρ", f"{label}: entropy ratio (Fig. 1a)"),
-                  (p_old_N, p_N, "π_old(y)", "π_θ(y)", "new against old probability (Fig. 3)"),
-                  (p_N, t["entropy"], "π_θ(y)", "entropy (nats)", "entropy, probability (Fig. 4)")]
-        for ax, (x_N, y_N, xlabel, ylabel, title) in zip(scatters, panels):
-            for c, (name, mask_N) in zip((5, 6, 1, 4), kinds.items()):
-                ax.scatter(x_N[mask_N], y_N[mask_N], s=6, alpha=0.5, linewidths=0, color=COLOURS[c],
-                           label=f"{name}: {mask_N.mean():.1%}")
-            ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-            ax.legend(markerscale=3, fontsize=8)
-        lowest, highest = np.quantile(rho_N, (0.001, 0.999))
-        scatters[0].set(yscale="log", ylim=(0.99 * lowest, 1.01 * highest))
-        low, p1, p50, p99, high = np.quantile(p_N / p_old_N, (0.001, 0.01, 0.5, 0.99, 0.999))
-        histogram.hist(p_N / p_old_N, np.linspace(low, high, 80), log=True)
-        histogram.set(xlabel="r", ylabel="tokens",
-                      title=f"ratio: p1 {p1:.3f}, p50 {p50:.3f}, p99 {p99:.3f} (Fig. 1c)")
+    fig = Figure((19, 4.5 * len(files)), layout="constrained")
+    panels = [("π_old", "rho", "1a"), ("π_old", "π_θ", "3"), ("π_θ", "entropy", "4")]
+    for file, (*axes, histogram) in zip(files, fig.subplots(len(files), 4, squeeze=False)):
+        with explained(f"{file} is damaged, or of another version"):
+            t = dict(np.load(file))
+            t["π_old"] = np.exp(t["old_logp"])
+            t["π_θ"] = np.exp(t["logp"])
+            drop_N = t["erc_drop"] > 0
+            high_N = t["rho"] > 1
+            ppo_N = t["ppo_clip"] > 0
+        kinds = {"kept": ~(drop_N | ppo_N), "ERC, above the band": drop_N & high_N,
+                 "ERC, below": drop_N & ~high_N, "past the PPO bound": ppo_N}
+        for ax, (x, y, number) in zip(axes, panels):
+            for colour, (kind, mask_N) in zip(COLOURS, kinds.items()):
+                ax.plot(t[x][mask_N], t[y][mask_N], ".", ms=3, alpha=0.5, color=colour,
+                        label=f"{kind}: {mask_N.mean():.1%}")
+            ax.set(title=f"{file.parent.name}: Fig. {number}", xlabel=x, ylabel=y)
+        axes[0].set(yscale="log", ylim=np.quantile(t["rho"], (0.001, 0.999)) * (0.99, 1.01))
+        axes[1].legend(markerscale=3)
+        r_N = t["π_θ"] / t["π_old"]
+        low, p1, p99, high = np.quantile(r_N, (0.001, 0.01, 0.99, 0.999))
+        histogram.hist(r_N, 80, range=(low, high), log=True)
+        histogram.set(title=f"Fig. 1c: p1 {p1:.3f}, p99 {p99:.3f}", xlabel="r", ylabel="tokens")
     fig.savefig(path, dpi=100)
 
 
