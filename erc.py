@@ -1645,7 +1645,8 @@ def curves(labels, path):
 
 
 def token_panels(labels, path):
-    """Figs. 1a, 3, 4, 1c from tokens.npz, the updates of one step: a row a label, its first run."""
+    """Figs. 1a, 3, 4, 1c from tokens.npz, the updates of one step: a row a label, its first run.
+    Of a run without ERC the colours show what ERC would have dropped."""
     import numpy as np
     from matplotlib.figure import Figure
     files = [next(iter(runs)) / "tokens.npz" for runs in labels.values()]
@@ -1659,15 +1660,12 @@ def token_panels(labels, path):
             t = dict(np.load(file))
             t["π_old"] = np.exp(t["old_logp"])
             t["π_θ"] = np.exp(t["logp"])
-            drop_N = t["erc_drop"] > 0
-            high_N = t["rho"] > 1
-            ppo_N = t["ppo_clip"] > 0
-        kinds = {"kept": ~(drop_N | ppo_N), "ERC, above the band": drop_N & high_N,
-                 "ERC, below": drop_N & ~high_N, "past the PPO bound": ppo_N}
+            t["all tokens"] = np.ones_like(t["rho"])
         for ax, (x, y, number) in zip(axes, panels):
-            for colour, (kind, mask_N) in zip(COLOURS, kinds.items()):
-                ax.plot(t[x][mask_N], t[y][mask_N], ".", ms=3, alpha=0.5, color=colour,
-                        label=f"{kind}: {mask_N.mean():.1%}")
+            for colour, name in zip(COLOURS, ("all tokens", "erc_high", "erc_low", "ppo_clip")):
+                mask_N = t[name] > 0
+                ax.plot(t[x][mask_N], t[y][mask_N], ".", ms=3, color=colour,
+                        label=f"{name}: {mask_N.mean():.1%}")
             ax.set(title=f"{file.parent.name}: Fig. {number}", xlabel=x, ylabel=y)
         axes[0].set(yscale="log", ylim=np.quantile(t["rho"], (0.001, 0.999)) * (0.99, 1.01))
         axes[1].legend(markerscale=3)
