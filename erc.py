@@ -1670,9 +1670,8 @@ def token_panels(labels, path):
         axes[0].set(yscale="log", ylim=np.quantile(t["rho"], (0.001, 0.999)) * (0.99, 1.01))
         axes[1].legend(markerscale=3)
         r_N = t["π_θ"] / t["π_old"]
-        low, p1, p99, high = np.quantile(r_N, (0.001, 0.01, 0.99, 0.999))
-        histogram.hist(r_N, 80, range=(low, high), log=True)
-        histogram.set(title=f"Fig. 1c: p1 {p1:.3f}, p99 {p99:.3f}", xlabel="r", ylabel="tokens")
+        histogram.hist(r_N, 80, range=np.quantile(r_N, (0.001, 0.999)), log=True)
+        histogram.set(title=f"{file.parent.name}: Fig. 1c", xlabel="r", ylabel="tokens")
     fig.savefig(path, dpi=100)
 
 
