@@ -1695,31 +1695,33 @@ def build_tiny(path, target=0.30, seed=0):
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     say(f"building the tiny base model in {path}, once")
     torch.manual_seed(seed)
-    rng, cfg, roles = random.Random(seed), Config(precision="fp32"), ["<|user|>", "<|assistant|>"]
+    rng = random.Random(seed)
     # Qwen2's own class, without merges: beside a qwen2 config transformers makes it of any other.
-    vocab = {c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>", *roles])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=roles)
-    tokenizer.chat_template = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-                               "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-    eos = tokenizer.eos_token_id
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|user|>", "<|assistant|>"]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[],
+        additional_special_tokens=tokens[-2:],
+        chat_template="{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     model = Qwen2ForCausalLM(Qwen2Config(               # head dimension 32: vLLM knows none smaller
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-        bos_token_id=None, eos_token_id=eos, pad_token_id=eos))
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     rng.shuffle(pairs)
-    step, reward = 0, 0.0                                       # E[reward] = P(the right response)
+    step = 0
+    reward = 0.0                                        # its expectation: P(the right response)
     while reward < target:
         step += 1
         samples, right = [], []
         for a, b in rng.choices(pairs[512:], k=64):
             carry = -10 if a % 10 + b % 10 > 9 else 10
             slip = rng.choice([0, carry, rng.choice([-2, -1, 1, 2])])
-            answer = tokenizer(rf"\boxed{{{a + b + slip}}}").input_ids + [eos]
+            answer = tokenizer(rf"\boxed{{{a + b + slip}}}<|endoftext|>").input_ids
             samples.append(Sample(encode(tokenizer, f"{a}+{b}="), answer, [], False))
             right.append(slip == 0)
-        logp_BT, _, mask_BT, _ = forward(model, samples, cfg)
+        logp_BT, _, mask_BT, _ = forward(model, samples, Config(precision="fp32"))
         (-logp_BT[mask_BT].mean()).backward()
         slow_down = 0.1 + 2 * (1 - reward / target)
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, step / 50, slow_down)
@@ -1730,8 +1732,8 @@ def build_tiny(path, target=0.30, seed=0):
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
     lines = [json.dumps({"problem": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a, b in pairs]
-    (new / "test.jsonl").write_text("".join(lines[:512]))
-    (new / "train.jsonl").write_text("".join(lines[512:]))
+    rewrite(new / "test.jsonl", "".join(lines[:512]))
+    rewrite(new / "train.jsonl", "".join(lines[512:]))
     os.rename(new, path)
 
 
