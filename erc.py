@@ -308,8 +308,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     keep_all = cfg.algo == "grpo"       # eq. 5 averages over all responses; DAPO filters groups
     count = cfg.prompts_per_step if keep_all else math.ceil(cfg.oversample * cfg.prompts_per_step)
     n = len(prompts)
-    groups = []
-    all_rows = []                       # of all responses: (reward, boxed, length, truncated)
+    all_samples = []                    # of all ranks and rounds
     metrics = {}
     killed_before = verifier.killed
     for attempt in range(cfg.max_rounds):
@@ -325,25 +324,24 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
         texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
         with timed(metrics, "seconds_verify"):
             rewards = verifier.score(texts, [answer for _, answer in mine for _ in range(G)])
-        shaped = [reward - overlong(len(s.response), cfg) for reward, s in zip(rewards, samples)]
-        shaped_PG = torch.tensor(shaped).view(-1, G)
-        advantages = group_advantages(shaped_PG).flatten().tolist()         # eq. 4
-        for s, text, reward, advantage in zip(samples, texts, rewards, advantages):
+        for s, text, reward in zip(samples, texts, rewards):
             s.reward = reward
             s.boxed = last_boxed(text) is not None
+        shaped = [s.reward - overlong(len(s.response), cfg) for s in samples]
+        advantages_PG = group_advantages(torch.tensor(shaped).view(-1, G))  # eq. 4
+        for s, advantage in zip(samples, advantages_PG.flatten().tolist()):
             s.advantage = advantage
-        # Equal rewards, after the length penalty, give no gradient.
-        keep_P = (shaped_PG != shaped_PG[:, :1]).any(1) | keep_all
-        kept = [samples[p * G:(p + 1) * G] for p in keep_P.nonzero().flatten().tolist()]
-        rows = [(s.reward, s.boxed, len(s.response), s.truncated) for s in samples]
-        for their_kept, their_rows in gather((kept, rows)):
-            groups += their_kept
-            all_rows += their_rows
+        all_samples += sum(gather(samples), [])
+        groups = [all_samples[i:i + G] for i in range(0, len(all_samples), G)]
+        if not keep_all:                # equal rewards, after the length penalty, give no gradient
+            groups = [group for group in groups if any(s.advantage for s in group)]
         if len(groups) >= cfg.prompts_per_step:
             break
-    for name, column in zip(("reward", "boxed", "response_length", "truncated"), zip(*all_rows)):
-        metrics[name] = statistics.fmean(column)
-    metrics["tokens"] = sum(length for _, _, length, _ in all_rows)
+    for name in "reward", "boxed", "truncated":
+        metrics[name] = statistics.fmean(getattr(s, name) for s in all_samples)
+    lengths = [len(s.response) for s in all_samples]
+    metrics["response_length"] = statistics.fmean(lengths)
+    metrics["tokens"] = sum(lengths)
     metrics["groups"] = len(groups)
     metrics["verifier_killed"] = sum(gather(verifier.killed - killed_before))
     return groups[:cfg.prompts_per_step], samples[0], cursor, metrics
