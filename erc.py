@@ -309,7 +309,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     count = cfg.prompts_per_step if keep_all else math.ceil(cfg.oversample * cfg.prompts_per_step)
     n = len(prompts)
     all_samples = []                    # of all ranks and rounds
-    metrics = {}
+    metrics = dict(step=step)
     killed_before = verifier.killed
     for attempt in range(cfg.max_rounds):
         mine = []
@@ -473,7 +473,6 @@ def train(cfg):
                                                  prompts)
         sampler.sleep()                                     # the GPU's memory is the trainer's now
 
-        metrics["step"] = step
         metrics["lr"] = cfg.lr * min(1.0, step / max(1, cfg.warmup_steps))
         for param_group in optimizer.param_groups:
             param_group["lr"] = metrics["lr"]
