@@ -278,7 +278,7 @@ MEANS = "ppo_clip erc_low erc_high erc_drop entropy kl".split()
 
 def record(seen, mask_BT, tokens):
     """What decided on each token: {name: (B, T)} -> means over tokens; all goes to `tokens`."""
-    seen = {name: x.detach().expand_as(mask_BT)[mask_BT].float() for name, x in seen.items()}
+    seen = {name: x.detach().expand_as(mask_BT)[mask_BT].float().cpu() for name, x in seen.items()}
     if tokens is not None:
         tokens.append(seen)                                                 # {name: (N,)}
     return {name: seen[name].mean().item() for name in MEANS}
@@ -427,7 +427,6 @@ def update(model, optimizer, groups, cfg, scaler=None):
                 scaler.scale(loss).backward()
                 if not grad_norms:
                     check_on_policy(tokens[-1])     # no update yet: π_θ is π_old
-                tokens[-1] = {name: x_N.cpu() for name, x_N in tokens[-1].items()}
             sum_gradients(model)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
