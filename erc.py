@@ -399,13 +399,12 @@ def old_statistics(model, micros, cfg):
     return old, metrics
 
 
-def update(model, optimizer, groups, cfg, scaler=None):
+def update(model, optimizer, groups, cfg, scaler):
     """The optimizer steps of one rollout batch -> (metrics, tokens: {name: (N,)} of all of them).
 
     All old statistics come first, from the same micro-batches as the new ones. So r ≡ 1 and ρ ≡ 1
-    on the first mini-batch, or else UserError. fp16 needs a GradScaler, against underflow.
+    on the first mini-batch, or else UserError. The GradScaler is fp16's, against underflow.
     """
-    scaler = scaler or torch.amp.GradScaler(model.device.type, enabled=False)
     size = cfg.minibatch_prompts
     minis = [sum(groups[i:i + size], []) for i in range(0, len(groups), size)]
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]

@@ -366,6 +366,7 @@ def flat(model):
 def after_update(model, groups, cfg, lr=0.01, scaler=None):
     """Parameters and metrics after the update of one rollout batch by plain gradient steps."""
     model = copy.deepcopy(model)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     metrics, _ = erc.update(model, torch.optim.SGD(model.parameters(), lr), groups, cfg, scaler)
     return flat(model), metrics
 
