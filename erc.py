@@ -386,10 +386,11 @@ def old_statistics(model, micros, cfg):
     metrics = {}
     with timed(metrics, "seconds_old"), torch.no_grad():
         old = [forward(model, micro, cfg) for micro in progress(micros, "old policy")]
-    theirs_N = torch.tensor([x for micro in micros for s in micro for x in s.logp])
-    ours = [logp_BT[mask_BT].cpu() for logp_BT, _, mask_BT, _ in old]
-    gap_N = (torch.cat([*ours, torch.tensor([])]) - theirs_N).abs()     # a rank may have none
-    gap_N = torch.cat(gather(gap_N))
+    gaps = []
+    for micro, (logp_BT, _, mask_BT, _) in zip(micros, old):
+        theirs_N = torch.tensor([x for s in micro for x in s.logp])
+        gaps.append((logp_BT[mask_BT].cpu() - theirs_N).abs())
+    gap_N = torch.cat(sum(gather(gaps), []))
     metrics["sampler_gap"] = gap_N.mean().item()
     metrics["sampler_gap_max"] = gap_N.max().item()
     limit = max_gap(model.device, cfg.precision)
