@@ -392,7 +392,6 @@ def old_statistics(model, micros, cfg):
         gaps.append((logp_BT[mask_BT].cpu() - theirs_N).abs())
     gap_N = torch.cat(sum(gather(gaps), []))
     metrics["sampler_gap"] = gap_N.mean().item()
-    metrics["sampler_gap_max"] = gap_N.max().item()
     limit = max_gap(model.device, cfg.precision)
     need(metrics["sampler_gap"] <= limit,
          f"sampler and trainer disagree by {metrics['sampler_gap']:.2g} nats a token (> {limit}): "
