@@ -710,19 +710,17 @@ def micro_batches(samples, budget):
 
 def summed_up(tokens, grad_norms):
     """The metrics of a step's updates, from all of its tokens and the norm of each gradient."""
-    metrics = {}
-    for name in MEANS:
-        metrics[name] = tokens[name].mean().item()
+    metrics = {name: tokens[name].mean().item() for name in MEANS}
     rho_N = tokens["rho"].sort().values
     for q in (1, 50, 99):
         metrics[f"rho_p{q}"] = rho_N[len(rho_N) * q // 100].item()
-    metrics["rho_drift"] = (rho_N - 1).abs().median().item()
     finite_norms = [x for x in grad_norms if math.isfinite(x)]
-    metrics["grad_norms"] = finite_norms
-    metrics["grad_norm"] = sum(finite_norms) / max(1, len(finite_norms))
-    metrics["updates"] = len(finite_norms)
-    metrics["updates_skipped"] = len(grad_norms) - len(finite_norms)
-    return metrics
+    return metrics | dict(
+        rho_drift=(rho_N - 1).abs().median().item(),
+        grad_norms=finite_norms,
+        grad_norm=sum(finite_norms) / max(1, len(finite_norms)),
+        updates=len(finite_norms),
+        updates_skipped=len(grad_norms) - len(finite_norms))
 
 
 HEADER = ("  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  "
