@@ -723,11 +723,10 @@ def summed_up(tokens, grad_norms):
         updates_skipped=len(grad_norms) - len(finite_norms))
 
 
-HEADER = ("  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  "
-          "tok/s seconds")
-FIRST = """
-       Before the first update of a step r = ρ = 1 on every token (just checked). So the
-       loss starts at minus its mean advantage, and ERC acts from a step's second update on."""
+HEADER = """\
+  step reward heldout      H   ρ p1   p50   p99  below  above PPO-clip |grad| length  tok/s seconds
+       Before the first update of a step r = ρ = 1 on every token (checked). So the loss starts
+       at minus its mean advantage, and ERC acts from a step's second update on."""
 
 
 def log(out, m, shown, tokenizer, quiet):
@@ -746,8 +745,8 @@ def log(out, m, shown, tokenizer, quiet):
         f"{m['response_length']:6.1f} {m['tokens'] / m['seconds']:6.0f} {m['seconds']:7.1f}")
     if unboxed:
         line += f"; {m['boxed']:.0%} of the responses are boxed: ask for it with --instruction"
-    if skipped or unboxed or first or "accuracy" in m or not quiet:
-        say(line + FIRST * (first and not skipped))
+    if skipped or unboxed or first or accuracy or not quiet:
+        say(line)
 
 
 # ---------------------------------------------------------------------------------------- Problems
