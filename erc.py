@@ -310,7 +310,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     n = len(prompts)
     all_samples = []                    # of all ranks and rounds
     metrics = dict(step=step)
-    killed_before = verifier.killed
+    verifier.killed = 0
     for attempt in range(cfg.max_rounds):
         mine = []
         for i in range(cursor + RANK, cursor + count, WORLD):
@@ -343,7 +343,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     metrics["response_length"] = statistics.fmean(lengths)
     metrics["tokens"] = sum(lengths)
     metrics["groups"] = len(groups)
-    metrics["verifier_killed"] = sum(gather(verifier.killed - killed_before))
+    metrics["verifier_killed"] = sum(gather(verifier.killed))
     return groups[:cfg.prompts_per_step], samples[0], cursor, metrics
 
 
