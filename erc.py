@@ -39,13 +39,13 @@ import sys
 import time
 import unicodedata
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 from zlib import crc32
@@ -1095,6 +1095,20 @@ class Verifier:
             ours.recv()                                         # its greeting
         return ours
 
+    def check(self, pair):
+        """Ask an idle worker whether the two are equal."""
+        pipe = self.idle.pop()
+        if pipe.poll():                                         # idle, it can only say that it died
+            pipe = self.start()
+        try:
+            pipe.send(pair)
+            right = pipe.recv()
+        except (EOFError, OSError):                             # a limit ended it
+            self.killed += 1
+            pipe, right = self.start(), 0.0
+        self.idle.append(pipe)
+        return right
+
     def score(self, responses, answers):
         """1.0 where the last boxed answer equals the reference, else 0.0; in order. If an answer is
         a list, any one of it counts."""
@@ -1102,25 +1116,10 @@ class Verifier:
         for response, answer in zip(responses, answers, strict=True):
             boxed = last_boxed(response)
             pairs.append([(boxed, reference) for reference in as_list(answer) if boxed])
-        verdict = dict.fromkeys(sum(pairs, []), 0.0)            # each distinct pair once
-        todo, busy = list(verdict), {}
-        while todo or busy:
-            while todo and self.idle:
-                pipe = self.idle.pop()
-                try:
-                    pipe.send(todo[-1])
-                    busy[pipe] = todo.pop()
-                except OSError:                             # it died idle: a new one takes the pair
-                    self.idle.append(self.start())
-            for pipe in wait(list(busy)):
-                pair = busy.pop(pipe)
-                try:
-                    verdict[pair] = pipe.recv()
-                except (EOFError, OSError):                # a limit ended it: 0.0, and a new worker
-                    self.killed += 1
-                    pipe = self.start()
-                self.idle.append(pipe)
-        return [max((verdict[pair] for pair in some), default=0.0) for some in pairs]
+        distinct = set(sum(pairs, []))
+        with ThreadPoolExecutor(len(self.idle)) as threads:     # each waits for a worker of its own
+            right = dict(zip(distinct, threads.map(self.check, distinct)))
+        return [float(any(right[pair] for pair in some)) for some in pairs]
 
 
 # ---------------------------------------------------------------------------------------- Samplers
