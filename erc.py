@@ -1054,22 +1054,19 @@ def verify_worker(pipe, seconds):
 
     The time limit is the kernel's: after `seconds` of CPU time SIGPROF ends the process, whatever C
     code it is in. math-verify's own timeouts have to wait for the interpreter, and are off."""
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    logging.disable()                                           # math-verify's warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to handle
     resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     pipe.send("ready")
     while True:
+        signal.setitimer(signal.ITIMER_PROF, seconds)           # to wait for a pair takes none of it
         try:
-            pair = pipe.recv()
+            right = equal(*pipe.recv())
         except EOFError:                                        # the trainer is gone
             return
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            right = equal(*pair)
         except Exception:                                       # sympy raises nearly all there are
             right = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        pipe.send(float(right))
+        pipe.send(right)
 
 
 class Verifier:
@@ -1105,7 +1102,7 @@ class Verifier:
             right = pipe.recv()
         except (EOFError, OSError):                             # a limit ended it
             self.killed += 1
-            pipe, right = self.start(), 0.0
+            pipe, right = self.start(), False
         self.idle.append(pipe)
         return right
 
