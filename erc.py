@@ -1057,7 +1057,6 @@ def verify_worker(pipe, seconds):
     logging.disable()                                           # math-verify's warnings
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to handle
     resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
-    pipe.send("ready")
     while True:
         signal.setitimer(signal.ITIMER_PROF, seconds)           # to wait for a pair takes none of it
         try:
@@ -1072,24 +1071,24 @@ def verify_worker(pipe, seconds):
 class Verifier:
     """math-verify in worker processes. `killed` counts answers that ran into a limit: scored 0."""
 
-    def __init__(self, workers=None, seconds=5.0):
+    def __init__(self, workers=max(1, min(32, os.cpu_count() // LOCAL_WORLD)), seconds=5.0):
         # The fork server imports once what workers need: one starts in .1 s, without GPU state.
         self.context = mp.get_context("forkserver")
         self.context.set_forkserver_preload(["torch.distributed", "math_verify"])
         self.seconds, self.killed = seconds, 0
-        workers = workers or max(1, min(32, os.cpu_count() // LOCAL_WORLD))
         self.idle = [self.start() for _ in range(workers)]
-        need(self.score([r"\boxed{\frac{1}{2}}"], ["0.5"]) == [1.0],
-             "math-verify fails at 1/2 = 0.5: is it installed, and has it room in 4 GiB?")
 
     def start(self):
+        """A new worker -> our end of its pipe."""
         ours, theirs = self.context.Pipe()
         with explained("a verifier process does not start: was this file edited meanwhile? Or is "
                        "TMPDIR's name too long?"):
             args = theirs, self.seconds
             self.context.Process(target=verify_worker, args=args, daemon=True).start()
             theirs.close()
-            ours.recv()                                         # its greeting
+            ours.send((r"\frac{1}{2}", "0.5"))
+            works = ours.recv()
+        need(works, "math-verify fails at 1/2 = 0.5: is it installed, and has it room in 4 GiB?")
         return ours
 
     def check(self, pair):
