@@ -1072,23 +1072,23 @@ class Verifier:
     """math-verify in worker processes. `killed` counts answers that ran into a limit: scored 0."""
 
     def __init__(self, workers=max(1, min(32, os.cpu_count() // LOCAL_WORLD)), seconds=5.0):
-        # The fork server imports once what workers need: one starts in .1 s, without GPU state.
-        self.context = mp.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch.distributed", "math_verify"])
         self.seconds, self.killed = seconds, 0
         self.idle = [self.start() for _ in range(workers)]
 
     def start(self):
         """A new worker -> our end of its pipe."""
-        ours, theirs = self.context.Pipe()
+        # The fork server imports once what workers need: one starts in .1 s, without GPU state.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "math_verify"])
+        ours, theirs = context.Pipe()
         with explained("a verifier process does not start: was this file edited meanwhile? Or is "
                        "TMPDIR's name too long?"):
             args = theirs, self.seconds
-            self.context.Process(target=verify_worker, args=args, daemon=True).start()
+            context.Process(target=verify_worker, args=args, daemon=True).start()
             theirs.close()
             ours.send((r"\frac{1}{2}", "0.5"))
-            works = ours.recv()
-        need(works, "math-verify fails at 1/2 = 0.5: is it installed, and has it room in 4 GiB?")
+            need(ours.recv(),
+                 "math-verify fails at 1/2 = 0.5: is it installed, and has it room in 4 GiB?")
         return ours
 
     def check(self, pair):
@@ -1096,12 +1096,13 @@ class Verifier:
         pipe = self.idle.pop()
         if pipe.poll():                                         # idle, it can only say that it died
             pipe = self.start()
+        right = False
         try:
             pipe.send(pair)
             right = pipe.recv()
         except (EOFError, OSError):                             # a limit ended it
             self.killed += 1
-            pipe, right = self.start(), False
+            pipe = self.start()
         self.idle.append(pipe)
         return right
 
