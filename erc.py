@@ -1142,33 +1142,33 @@ class HFSampler:
         columns = []                                            # log π of each position's tokens
         def choose(ids_BL, logits_BV):
             """`generate` calls this at each position, and takes the largest of what it returns."""
-            logits_BV = logits_BV.float() / (temperature or 1.0)
+            logits_BV = logits_BV / (temperature or 1.0)
             if top_p < 1:
                 logits_BV = TopPLogitsWarper(top_p)(ids_BL, logits_BV)
             logp_BV = logits_BV.log_softmax(-1)
             y_B1 = logp_BV.exp().multinomial(1) if temperature else logp_BV.argmax(-1, keepdim=True)
             columns.append(logp_BV.gather(1, y_B1))
-            return torch.zeros_like(logp_BV).scatter(1, y_B1, 1.0)
+            return logp_BV.scatter(1, y_B1, 1.0)                # all others are at most 0
         # `generate` takes unset fields from the checkpoint's; gradient checkpointing has no cache.
-        device, own = self.model.device, self.model.generation_config
+        own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos,
-            pad_token_id=self.pad)
+            max_new_tokens=max_tokens, eos_token_id=self.eos, pad_token_id=self.pad)
         self.model.eval()
-        rows, samples = [torch.tensor(p) for p in prompts for _ in range(n)], []
-        # At most 128 MB of logits, and 16,384 tokens of cache.
-        vocab = self.model.config.get_text_config().vocab_size
-        size = max(1, min(2**25 // vocab, 2**14 // (max_tokens + max(map(len, rows), default=0))))
+        rows = [torch.tensor(p) for p in prompts for _ in range(n)]
+        samples = []
+        longest = max_tokens + max(map(len, prompts), default=0)
+        size = max(1, min(256, 2**14 // longest))       # rows of logits, and tokens of cache
         for i in progress(range(0, len(rows), size), "sampling"):
             part = rows[i:i + size]
-            ids_BL = pad_sequence(part, True, -1, "left").to(device)
+            ids_BL = pad_sequence(part, True, -1, "left").to(self.model.device)
             seen_BL = (ids_BL >= 0).long()                      # not the padding
             columns.clear()
-            with autocast(device, self.precision):
+            with autocast(self.model.device, self.precision):
                 out_BL = self.model.generate(ids_BL.clamp(min=0), attention_mask=seen_BL,
                                              logits_processor=[choose])
-            responses, logps = out_BL[:, ids_BL.shape[1]:].tolist(), torch.cat(columns, 1).tolist()
-            for prompt, ids, logp in zip(part, responses, logps):
+            ids_BT = out_BL[:, -len(columns):]
+            logp_BT = torch.cat(columns, 1)
+            for prompt, ids, logp in zip(part, ids_BT.tolist(), logp_BT.tolist()):
                 end = next((t + 1 for t, y in enumerate(ids) if y in self.eos), None)
                 samples.append(Sample(prompt.tolist(), ids[:end], logp[:end], end is None))
         self.model.generation_config = own
