@@ -1189,7 +1189,7 @@ class VLLMSampler:
         with explained(f"vLLM does not start with {path}; change --gpu-memory, lower "
                        "--max-response-tokens, or take --sampler hf"):
             self.llm = LLM(
-                model=str(path), dtype=DTYPES[precision], max_model_len=max_tokens,
+                model=path, dtype=DTYPES[precision], max_model_len=max_tokens,
                 enforce_eager=not cuda, enable_sleep_mode=cuda,
                 generation_config="vllm", logprobs_mode="processed_logprobs", watermark=0.05,
                 distributed_executor_backend="external_launcher" if WORLD > 1 else None,
@@ -1216,13 +1216,13 @@ class VLLMSampler:
         from transformers import set_seed
         from vllm import SamplingParams
         set_seed(seed % 2**32)      # vLLM draws from torch's, on a GPU seeds requests from numpy's
-        params = SamplingParams(n=n if temperature else 1, temperature=temperature, top_p=top_p,
-                                max_tokens=max_tokens, stop_token_ids=self.eos, logprobs=0,
-                                flat_logprobs=True, detokenize=False)
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params,
-                                 use_tqdm=RANK == 0 and sys.stderr.isatty())
-        return [Sample(p, list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "length")
-                for p, out in zip(prompts, outs) for o in out.outputs * (1 if temperature else n)]
+        params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+                                stop_token_ids=self.eos, logprobs=0, flat_logprobs=True,
+                                detokenize=False)
+        rows = [dict(prompt_token_ids=p) for p in prompts for _ in range(n)]
+        outs = self.llm.generate(rows, params, use_tqdm=RANK == 0 and sys.stderr.isatty())
+        return [Sample(out.prompt_token_ids, o.token_ids, o.logprobs.logprobs,
+                       o.finish_reason == "length") for out in outs for o in out.outputs]
 
 
 # -------------------------------------------------------------------------------------------- Head

@@ -676,7 +676,7 @@ def hf(loaded):
 def engine(tiny):
     """vLLM allows one engine a process: its tests share it, and load the weights they need."""
     torch.set_float32_matmul_precision("high")
-    engine = erc.VLLMSampler(tiny.base, 320, [256])
+    engine = erc.VLLMSampler(str(tiny.base), 320, [256])
     assert torch.get_float32_matmul_precision() == "high"   # the trainer's choice outlives its start
     torch.set_float32_matmul_precision("highest")
     return engine
