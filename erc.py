@@ -1242,7 +1242,6 @@ class HeadStats(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp_N, g_entropy_N, *_):
         x_ND, W_VD, targets_N, logp_N, entropy_N = ctx.saved_tensors
         entropy_grad, chunk = ctx.settings
