@@ -1058,7 +1058,7 @@ def verify_worker(pipe, seconds):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the trainer's to handle
     resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))
     while True:
-        signal.setitimer(signal.ITIMER_PROF, seconds)           # to wait for a pair takes none of it
+        signal.setitimer(signal.ITIMER_PROF, seconds)           # of which waiting takes none
         try:
             right = equal(*pipe.recv())
         except EOFError:                                        # the trainer is gone
