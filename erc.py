@@ -675,7 +675,7 @@ def setup(cfg):
         f"{cfg.minibatch_prompts * cfg.group_size} responses\n"
         f"memory: {plan_memory(model, cfg, longest)}")
     # vLLM wants its share of the GPU free when it starts, so it comes before Adam.
-    sampler = make_sampler(cfg, model, tokenizer, eos, longest)
+    sampler = make_sampler(cfg, model, eos, longest)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
                                   fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
@@ -1126,7 +1126,6 @@ class HFSampler:
     """transformers' `generate` of the model in training itself; for CPUs and small models."""
     model: object
     eos: list
-    pad: int
     precision: str = "fp32"
 
     def load_weights(self, model):
@@ -1152,7 +1151,8 @@ class HFSampler:
         # `generate` takes unset fields from the checkpoint's; gradient checkpointing has no cache.
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
-            max_new_tokens=max_tokens, eos_token_id=self.eos, pad_token_id=self.pad)
+            do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos,
+            pad_token_id=self.eos[0])                           # `end` cuts it off
         self.model.eval()
         rows = [torch.tensor(p) for p in prompts for _ in range(n)]
         samples = []
@@ -1321,8 +1321,6 @@ def load_model(path, device):
     text = "Let x = 3.\n\n  Then 2x = 6"                        # the wrong class loses white space
     need(text in tokenizer.decode(tokenizer(text).input_ids),
          f"model {path}: its tokenizer does not decode what it encodes; check its files")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = min(eos)                       # harmless: all masks go by length
     if device.type == "cuda":
         model.gradient_checkpointing_enable()
     return model.train(), tokenizer, sorted(eos)
@@ -1335,13 +1333,13 @@ def check_head(model):
     need(not found, f"model {model.name_or_path}: has {', '.join(found)}: the loss leaves that out")
 
 
-def make_sampler(cfg, model, tokenizer, eos, longest):
+def make_sampler(cfg, model, eos, longest):
     context = getattr(model.config.get_text_config(), "max_position_embeddings", longest)
     need(longest <= context, f"prompt + response: {longest} tokens, but the context of {cfg.model} "
                              f"is {context}; lower --max-response-tokens")
     if cfg.sampler == "vllm":
         return VLLMSampler(cfg.model, longest, eos, cfg.gpu_memory, cfg.precision)
-    return HFSampler(model, eos, tokenizer.pad_token_id, cfg.precision)
+    return HFSampler(model, eos, cfg.precision)
 
 
 def free_memory(device):
@@ -1580,7 +1578,7 @@ def evaluation(cfg):
         key = f"{name} {how} {crc32(repr((prompts, weights, cfg.precision)).encode()):x}"
         plan.append((name, key, prompts, how))
     longest = max(how[1] + len(ids) for _, _, prompts, how in plan for ids, _ in prompts)
-    sampler, verifier = make_sampler(cfg, model, tokenizer, eos, longest), Verifier()
+    sampler, verifier = make_sampler(cfg, model, eos, longest), Verifier()
     sampler.load_weights(model)
     say("benchmark                     problems   k   avg@k ± s.e.   length  cut off")
     for name, key, prompts, how in plan:

@@ -669,7 +669,7 @@ def hf(loaded):
     model.generation_config.update(
         do_sample=True, temperature=0.1, top_k=1, top_p=0.1, min_p=0.9, repetition_penalty=9.0,
         no_repeat_ngram_size=1, suppress_tokens=[64], max_length=9, min_new_tokens=5)
-    return erc.HFSampler(model, eos, tokenizer.pad_token_id)
+    return erc.HFSampler(model, eos)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def main(path, data, *lrs):
     found = {}                                                  # (kind, lr, way): a run a seed
     for seed, kind in itertools.product((1, 2, 3), ("dithered", "exact")):
         start = with_weights(model, kind, seed)
-        sampler = erc.HFSampler(start, eos, tokenizer.pad_token_id)
+        sampler = erc.HFSampler(start, eos)
         samples = sampler.generate(prompts[8 * seed:][:8], 4, 48, seed=seed)
         for i, s in enumerate(samples):
             s.advantage = (-0.866, 0.866)[i % 2]                # of the rewards 0, 1, 0, 1 (eq. 4)
