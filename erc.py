@@ -676,8 +676,8 @@ def setup(cfg):
         f"memory: {plan_memory(model, cfg, longest)}")
     # vLLM wants its share of the GPU free when it starts, so it comes before Adam.
     sampler = make_sampler(cfg, model, eos, longest)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=cfg.weight_decay,
-                                  fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=cfg.weight_decay,
+                                  fused=device.type == "cuda")  # `train` sets lr at every step
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     rehearse(model, optimizer, cfg, longest)
     return model, tokenizer, optimizer, scaler, sampler, Verifier(), prompts, heldout
@@ -1414,19 +1414,15 @@ def plan_memory(model, cfg, longest):
 
 def rehearse(model, optimizer, cfg, longest):
     """Forward and backward of the largest micro-batch, Adam's moments in place: what does not fit
-    fails now, not in an hour. Leaves weights and optimizer as they were."""
+    fails now, not in an hour. At lr 0 it leaves weights and optimizer as they were."""
     rows = math.ceil(cfg.micro_tokens / longest)
-    L = cfg.micro_tokens // rows
-    T = min(L - 1, cfg.max_response_tokens)
-    micro = [Sample([0] * (L - T), [0] * T, [], True)] * rows
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0                                       # `train` sets it before an update
-    with explained(f"{rows} × {L} tokens do not fit: lower --micro-tokens {cfg.micro_tokens} or "
-                   f"--max-response-tokens {cfg.max_response_tokens}"):
+    response = [0] * (cfg.micro_tokens // rows - 1)
+    with explained(f"{cfg.micro_tokens} tokens do not fit: lower --micro-tokens or "
+                   "--max-response-tokens"):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()                                        # allocates moments, moves nothing
-        logp_BT, *_ = forward(model, micro, cfg)
+        logp_BT, *_ = forward(model, [Sample([0], response, [], True)] * rows, cfg)
         logp_BT.sum().backward()
     optimizer.zero_grad()
     for state in optimizer.state.values():                      # the moments stay in place: made
