@@ -40,7 +40,7 @@ import time
 import unicodedata
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -1343,21 +1343,22 @@ def make_sampler(cfg, model, eos, longest):
 
 
 def free_memory(device):
-    """Bytes that this process may still take, of its GPU or of its part of the machine."""
+    """Bytes that this process may have: of its GPU, where its weights are already, or still, of its
+    part of the machine, whose weights are not read yet."""
     if device.type == "cuda":
         torch.cuda.empty_cache()                                # what loading has left behind
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
     free = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     container = Path("/sys/fs/cgroup")
-    limit = container / "memory.max"                            # "max", or a number of bytes
-    if limit.exists() and limit.read_text().strip().isdigit():
+    with suppress(OSError, ValueError):                         # no container, or its limit is max
+        limit = int((container / "memory.max").read_text())
         used = re.search(r"^anon (\d+)", (container / "memory.stat").read_text(), re.M)
-        free = min(free, int(limit.read_text()) - int(used[1]))
+        free = min(free, limit - int(used[1]))
     return free // LOCAL_WORLD
 
 
 def step_memory(model, precision, tokens):
-    """The peak of an update with micro-batches of so many tokens -> {part: GiB}, which add up."""
+    """The peak of an update with micro-batches of so many tokens -> {part: bytes}, which add up."""
     config = model.config.get_text_config()
     V, D = model.get_output_embeddings().weight.shape
     mlp = getattr(config, "intermediate_size", None) or 4 * D
@@ -1375,35 +1376,31 @@ def step_memory(model, precision, tokens):
     if model.is_gradient_checkpointing:                         # only the layers' inputs are saved
         saved = config.num_hidden_layers * 4 * tokens * D
         working = max(head, copies + layer, 2 * layer)
-    parts = dict(weights=weights, gradients=weights, Adam=2 * weights, activations=saved,
-                 working=working)
-    return {name: size / 2**30 for name, size in parts.items()}
+    return dict(weights=weights, gradients=weights, Adam=2 * weights, activations=saved,
+                working=working)
 
 
 def plan_memory(model, cfg, longest):
     """Set cfg.micro_tokens, if it is 0, to the largest budget that fits, and in any case to no more
     than a mini-batch and no less than a row -> the line to print. UserError if no row fits."""
     gather("all have loaded their weights")
-    free, gpu = min(gather(free_memory(model.device))) / 2**30, model.device.type == "cuda"
+    free = min(gather(free_memory(model.device)))
     rows = math.ceil(cfg.minibatch_prompts * cfg.group_size / WORLD)
     tokens = max(longest, min(cfg.micro_tokens or rows * longest, rows * longest))
     parts = step_memory(model, cfg.precision, tokens)
-    if cfg.sampler == "vllm":                                   # asleep, it still keeps 1 GiB
-        vllm = 1 + parts["weights"]
-        if gpu:
-            vllm = cfg.gpu_memory * torch.cuda.mem_get_info()[1] / 2**30
-        need(vllm + parts["Adam"] < free, f"vLLM's {vllm:.1f} GiB and Adam's {parts['Adam']:.1f} "
-             f"are more than the {free:.1f} free: lower --gpu-memory {cfg.gpu_memory}")
-        free -= 1 if gpu else vllm
-    # The allocators waste some. The weights are there on a GPU; on a CPU they are not read yet.
-    room = 0.9 * (free + parts["weights"] * gpu)
+    if cfg.sampler == "vllm":
+        need(parts["weights"] + parts["Adam"] < (1 - cfg.gpu_memory) * free,
+             f"--gpu-memory {cfg.gpu_memory}: leaves too little of {free / 2**30:.1f} GiB for "
+             "weights and Adam; lower it")
+        free -= 2**30                                           # which vLLM keeps asleep
+    room = 0.9 * free                                           # the allocators waste some
     while sum(parts.values()) > room and rows > 1 and not cfg.micro_tokens:
         rows = math.ceil(rows / 2)      # in halves: free memory then rarely changes how it is cut
         tokens = rows * longest
         parts = step_memory(model, cfg.precision, tokens)
-    line = " + ".join(f"{name} {size:.2f}" for name, size in parts.items())
-    line += (f" = {sum(parts.values()):.2f} of {room:.2f} GiB, nine tenths of what is free; "
-             f"micro-batches of {tokens:,} tokens")
+    line = " + ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
+    line += (f" = {sum(parts.values()) / 2**30:.2f} of {room / 2**30:.2f} GiB, nine tenths of what "
+             f"is free; micro-batches of {tokens:,} tokens")
     remedy = "lower --micro-tokens" if tokens > longest else "lower --max-response-tokens"
     if 4 * parts["weights"] > room:
         remedy = "take a smaller --model"
