@@ -1369,15 +1369,14 @@ def step_memory(model, precision, tokens):
     # A layer saves four tensors as wide as its MLP, in the body's precision, and some ten as wide
     # as its hidden state. The attention's matrix is never held: it is computed in tiles.
     layer = tokens * (36 * D + 4 * DTYPES[precision].itemsize * mlp)
+    saved = 1.2 * layer                                         # malloc adds about a fifth
+    if model.is_gradient_checkpointing:                         # only the layer's input is saved
+        saved = 4 * tokens * D
     # The head's gradient, five chunks of logits, three times the hidden states.
-    head = 4 * (V * D + 5 * min(tokens, 256) * V + 3 * tokens * D)
-    saved = 1.2 * config.num_hidden_layers * layer + copies     # malloc adds about a fifth
-    working = max(head, layer)
-    if model.is_gradient_checkpointing:                         # only the layers' inputs are saved
-        saved = config.num_hidden_layers * 4 * tokens * D
-        working = max(head, copies + layer, 2 * layer)
-    return dict(weights=weights, gradients=weights, Adam=2 * weights, activations=saved,
-                working=working)
+    head = 4 * (V * D + 5 * 256 * V + 3 * tokens * D)
+    return dict(weights=weights, gradients=weights, Adam=2 * weights,
+                activations=config.num_hidden_layers * saved + copies,
+                working=max(head, 2 * layer))                   # a layer and its gradients
 
 
 def plan_memory(model, cfg, longest):
