@@ -1555,13 +1555,14 @@ def evaluation(cfg):
     """The paper's protocol (§4.1): a line a benchmark of cfg.data, cfg.group_size responses a
     problem, top-p 0.95 (authors' code). Every score goes into cfg.out under a key of all that
     decides on it; what is in there already is not sampled again."""
-    device, out, plan = start(cfg), Path(cfg.out), []
+    device = start(cfg)
+    out = Path(cfg.out)
     with explained(f"{out}: not a file of eval's; name another with --out"):
-        done = json.loads(out.read_text()) if out.exists() else {}
-        need(all("responses" in found for found in done.values()), f"{out}: holds something else")
+        done = json.loads(out.read_text())["benchmarks"] if out.exists() else {}
     where = torch.device("cpu") if cfg.sampler == "vllm" else device     # vLLM has its own copy
     model, tokenizer, eos = load_model(cfg.model, where)
-    weights = sum(p.double().norm().item() for p in model.parameters())
+    weights = sum(p.sum().item() for p in model.parameters())
+    plan = []
     for name in filter(None, map(str.strip, cfg.data.split(","))):
         source, k, limit = BENCHMARKS.get(name, (name, 32, 16384))
         prompts = load_prompts(source, tokenizer, cfg)
@@ -1576,7 +1577,7 @@ def evaluation(cfg):
         if key not in done:
             rows = evaluate(sampler, verifier, tokenizer, prompts, *how)
             done[key] = summary(rows) | dict(responses=rows)
-            rewrite(out, json.dumps(done))
+            rewrite(out, json.dumps(dict(benchmarks=done)))
         got = done[key]
         say(f"{name[-30:]:30}{got['problems']:8}{got['k']:4}{got['accuracy']:8.1%} "
             f"{float(got['standard_error'] or 0):7.1%}{got['length']:9.1f}{got['truncated']:9.1%}")

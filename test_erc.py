@@ -984,7 +984,7 @@ TINY --data a.txt → a.txt: of an unknown kind; known are json ¦ TINY --data n
 TINY --data no/thing:main:test → no/thing:main:test: cannot be loaded ¦ TINY --data a.parquet → cannot be
 TINY --data long.jsonl → every prompt is longer than --max-prompt-tokens 32
 eval --model torn --out torn/config.json → torn/config.json: not a file of eval's ¦ TINY --data , → --data
-eval --model torn --out data.json → data.json: holds something else ¦ eval --benchmarks , → --benchmarks
+eval --model torn --out data.json → data.json: not a file of eval's ¦ eval --benchmarks , → --benchmarks
 --resume --out begun → begun has no checkpoint; start it again without ¦ eval --template-kwargs {x → {x"""
 
 
@@ -1406,7 +1406,7 @@ def test_the_benchmarks_are_the_papers(monkeypatch):
 def evaluate(four, cwd, *flags, how=call, out="e.json"):
     """What `erc.py eval` prints and saves."""
     args = ["eval", "--model", four.out / "model", "--max-response-tokens", 16, "--out", out, *flags]
-    return succeeds(how(*args, cwd=cwd)), json.loads((cwd / out).read_text())
+    return succeeds(how(*args, cwd=cwd)), json.loads((cwd / out).read_text())["benchmarks"]
 
 
 def test_eval_goes_on_with_the_benchmarks_that_are_missing(tiny, four, tmp_path):
@@ -1419,7 +1419,7 @@ def test_eval_goes_on_with_the_benchmarks_that_are_missing(tiny, four, tmp_path)
     assert len(rows) == 6 and {len(row) for row in rows} == {8} and any(len(set(row)) == 2 for row in rows)
     assert re.search(rf"a.jsonl +6 +8 +{saved[a]['accuracy']:.1%} ", shown), shown
     kept = {a: saved[a] | dict(accuracy=0.123)}     # marks what is kept, and not sampled again
-    write(tmp_path / "e.json", json.dumps(kept))
+    write(tmp_path / "e.json", json.dumps(dict(benchmarks=kept)))
     shown, again = evaluate(four, tmp_path, *flags, "a.jsonl,b.jsonl")
     assert again == kept | {b: saved[b]} and " 12.3% " in shown
     for change in ["--seed", 2], ["--k", 4], ["--temperature", 0.5], ["--instruction", "="]:
