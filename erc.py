@@ -454,10 +454,7 @@ def train(cfg):
     model, tokenizer, optimizer, scaler, sampler, verifier, prompts, heldout = setup(cfg)
     out = Path(cfg.out)
     problems = crc32(repr((prompts, heldout)).encode())     # a run goes on only with those it had
-    if cfg.resume:
-        done, cursor, failed = restore(out, model, optimizer, scaler, problems)
-    else:
-        done, cursor, failed = begin(out, cfg)
+    done, cursor, failed = begin(out, cfg, model, optimizer, scaler, problems)
     tokens = {}
     sampler.load_weights(model)
     if heldout and not cfg.resume:
@@ -1343,8 +1340,8 @@ def make_sampler(cfg, model, eos, longest):
 
 
 def free_memory(device):
-    """Bytes that this process may have: of its GPU, where its weights are already, or still, of its
-    part of the machine, whose weights are not read yet."""
+    """Bytes that this process may have: on a GPU with its weights, which are there; on a CPU
+    without them, as they are not read yet."""
     if device.type == "cuda":
         torch.cuda.empty_cache()                                # what loading has left behind
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
@@ -1453,14 +1450,6 @@ def rewrite(path, text):
             f.write(text.encode())
 
 
-def begin(out, cfg):
-    """A new run's records -> (steps done, cursor, steps without a finite gradient)."""
-    rewrite(out / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
-    for name in LOGS:                                           # of a run without a checkpoint yet
-        (out / name).unlink(missing_ok=True)
-    return 0, 0, 0
-
-
 def save(out, model, optimizer, scaler, tokens, **state):
     """The checkpoint; and at most 16,384 tokens of the last step's updates, for the figures."""
     import numpy as np
@@ -1475,8 +1464,14 @@ def save(out, model, optimizer, scaler, tokens, **state):
             np.savez(f, **{name: x_N[::stride].numpy() for name, x_N in tokens.items()})
 
 
-def restore(out, model, optimizer, scaler, problems):
-    """The last checkpoint -> what `begin` returns; cuts off what was logged after it."""
+def begin(out, cfg, model, optimizer, scaler, problems):
+    """A new run's records, or the last checkpoint -> (steps done, cursor, steps without a finite
+    gradient). What was logged after the checkpoint is cut off."""
+    if not cfg.resume:
+        rewrite(out / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
+        for name in LOGS:                                       # of a run without a checkpoint yet
+            (out / name).unlink(missing_ok=True)
+        return 0, 0, 0
     path = out / "checkpoint/state.pt"
     optimizer.state.clear()
     with explained(f"--resume: {out} is damaged, or {model.name_or_path} has changed; put them "

@@ -1265,7 +1265,7 @@ def test_drill_damaged_run(whole, loaded, tmp_path):
     def attempt(name=checkpoint, content=good, model=model, problems=state["problems"]):
         shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
         write(tmp_path / name, content) if content else (tmp_path / name).unlink()
-        return erc.restore(tmp_path, model, optimizer, scaler, problems)
+        return erc.begin(tmp_path, Config(resume=True), model, optimizer, scaler, problems)
 
     for content in b"junk" * 1000, b"", *(good[:n] for n in (1, len(good) // 3, len(good) - 1)):
         rejects("--resume: .*damaged", attempt, checkpoint, content)
