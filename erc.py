@@ -753,40 +753,40 @@ class Problem(NamedTuple):
     answer: str | list          # the reference; of a list any one counts
 
 
-PROMPTS = "problem question prompt input messages".split()
-ANSWERS = ("answer final_answer target expected_answer ground_truth label "
-           "reward_model.ground_truth solution").split()
+PROMPTS = "problem, question, prompt, input, messages"
+ANSWERS = ("answer, final_answer, target, expected_answer, ground_truth, label, "
+           "reward_model.ground_truth, solution")
 CHOICES = ("choices", "options", "endings")
 NO_ANSWER = {"", "proof", "notfound", "null", "nan", "n/a"}     # what data sets write for none
 KINDS = dict(json="json", jsonl="json", ndjson="json", parquet="parquet", csv="csv", arrow="arrow")
 
 
 def unpacked(value):
-    """A JSON text of an object, messages or alternative answers -> what it holds. But "[1, 2]" is
-    an interval, and stays."""
+    """A JSON text of an object, messages or alternative answers -> what it holds. But a number stays
+    a text, and so does "[1, 2]", an interval."""
     try:
         held = json.loads(value)
     except (TypeError, ValueError, RecursionError):             # no text, or none of JSON
         return value
-    texts = isinstance(held, list) and all(isinstance(x, str | dict) for x in held)
-    return held if texts or isinstance(held, dict) else value
+    return held if isinstance(held, dict) or '"' in str(value) else value
 
 
 def lookup(record, names):
     """The first of these fields that a record has -> (name, value). "a.b" is b in a; any case."""
-    for name in names:
+    for name in names.split(", "):
         value = record
         for part in name.lower().split("."):
             found = value.items() if isinstance(value, dict) else ()
             value = unpacked(next((x for key, x in found if key.lower() == part), None))
         if value is not None:
             return name, value
-    raise UserError(f"it has none of the fields {', '.join(names)}")
+    raise UserError(f"it has none of the fields {names}; it has {', '.join(record)}")
 
 
-def problem_from(record, prompt_fields, answer_fields):
+def problem_from(record, prompt_field, answer_field):
     """One record -> Problem; UserError or ValueError says why it is none."""
-    name, prompt = lookup(record, prompt_fields)
+    need(isinstance(record, dict), "it is no JSON object")
+    name, prompt = lookup(record, prompt_field or PROMPTS)
     turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
     turns = [turn for turn in turns if turn != dict(role="system", content="")]
     texts = [turn.get("content") if isinstance(turn, dict) and turn.get("role") else None
@@ -795,8 +795,8 @@ def problem_from(record, prompt_fields, answer_fields):
          f"{name} is neither a text nor a list of messages")
     told = turns[-1]["role"] == "assistant" and last_boxed(texts[-1])
     need(not told, f"the last of {name} tells the answer")
-    name, answer = lookup(record, answer_fields)
-    boxed = name == "solution" and answer_fields == ANSWERS    # only its box is the answer
+    name, answer = lookup(record, answer_field or ANSWERS)
+    boxed = name == "solution" and not answer_field             # only its box is the answer
     answers = [answer_text(x, name, boxed) for x in as_list(answer)]
     need(answers, f"{name} is empty")
     for choices in (x for key, x in record.items() if key.lower() in CHOICES and x):
@@ -820,8 +820,8 @@ def answer_text(value, name, only_boxed):
 
 
 def read_rows(source):
-    """A file, a directory or a hub data set NAME[:CONFIG[:SPLIT]] -> [(number, row)]; a row is an
-    object, or a line of JSON."""
+    """A file, a directory or a hub data set NAME[:CONFIG[:SPLIT]] -> its records as dicts, or as
+    lines of JSON."""
     exists = Path(source).exists()
     name, config, split = (source, "", "") if exists else (source + "::").split(":", 2)
     path, split = Path(name), split.rstrip(":") or "train"
@@ -832,8 +832,7 @@ def read_rows(source):
         if kind == "json" and split == "train":
             raw = gzip.open(path).read() if path.suffix.lower() == ".gz" else path.read_bytes()
             listed = raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # behind a byte order mark
-            rows = json.loads(raw) if listed else raw.splitlines()
-            return [(i, row) for i, row in enumerate(rows, 1) if row != b""]
+            return json.loads(raw) if listed else raw.splitlines()
         from datasets import load_dataset, load_from_disk
         if kind:
             # Without the filter a blank makes floats of a whole column of integers.
@@ -844,26 +843,25 @@ def read_rows(source):
             data = data[split] if isinstance(data, dict) else data
         else:
             data = load_dataset(name, config or None, split=split)
-        return list(enumerate(data, 1))
+        return list(data)
 
 
 def load_problems(source, prompt_field="", answer_field=""):
     """A file, a directory or a hub data set -> list[Problem]. Records that cannot be used are left
     out and counted. UserError: not found, of an unknown kind, or none can be used."""
-    prompt_fields = [prompt_field] if prompt_field else PROMPTS
-    answer_fields = [answer_field] if answer_field else ANSWERS
-    problems, left_out, rows = [], [], read_rows(source)
-    for number, row in rows:
-        record = None
+    problems = []
+    left_out = []
+    for number, row in enumerate(read_rows(source), 1):
+        if row == b"":                                          # a blank line still counts
+            continue
         try:
-            record = json.loads(row) if isinstance(row, bytes) else row
-            problems.append(problem_from(record, prompt_fields, answer_fields))
-        except (UserError, ValueError, RecursionError) as e:
-            has = f"; it has {', '.join(record)}" if isinstance(record, dict) else ""
-            left_out.append(f"line or record {number}: {e}{has}")
+            problems.append(problem_from(unpacked(row), prompt_field, answer_field))
+        except (UserError, ValueError) as e:
+            left_out.append(f"line or record {number}: {e}")
     need(problems, f"{source}: holds no problems; {(left_out or ['it is empty'])[0]}")
     if left_out:
-        say(f"{source}: {len(left_out)} of {len(rows)} records left out; {left_out[0]}")
+        total = len(problems) + len(left_out)
+        say(f"{source}: {len(left_out)} of {total} records left out; {left_out[0]}")
     return problems
 
 
