@@ -789,10 +789,9 @@ def problem_from(record, prompt_field, answer_field):
     name, prompt = lookup(record, prompt_field or PROMPTS)
     turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
     turns = [turn for turn in turns if turn != dict(role="system", content="")]
-    texts = [turn.get("content") if isinstance(turn, dict) and turn.get("role") else None
-             for turn in turns]
-    need(texts and all(isinstance(text, str) and text.strip() for text in texts),
-         f"{name} is neither a text nor a list of messages")
+    with explained(f"{name} is neither a text nor a list of messages"):
+        texts = [turn["content"].strip() for turn in turns if turn["role"]]
+    need(texts and all(texts), f"{name} is empty")
     told = turns[-1]["role"] == "assistant" and last_boxed(texts[-1])
     need(not told, f"the last of {name} tells the answer")
     name, answer = lookup(record, answer_field or ANSWERS)

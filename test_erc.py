@@ -856,8 +856,8 @@ def test_records_that_are_problems(tmp_path):
 
 
 UNUSABLE = r"""{oops → ¦ 7 → ¦ {"problem": "p"} → it has problem ¦ {"problem": "\ud800", "answer": 1} →
-{"answer": "1", "text": "t"} → it has answer, text ¦ {"problem": " ", "answer": "1"} → problem is neither
-{"prompt": [{"content": "c"}], "answer": 1} → prompt is neither ¦ {"prompt": [], "answer": 1} → is neither
+{"answer": "1", "text": "t"} → it has answer, text ¦ {"problem": " ", "answer": "1"} → problem is empty
+{"prompt": [{"content": "c"}], "answer": 1} → prompt is neither ¦ {"prompt": [], "answer": 1} → is empty
 {"prompt": [{"role": "user", "content": 3}], "answer": 1} → is neither ¦ {"problem": "p", "answer": NaN} →
 {"problem": "p", "answer": true} → no answer ¦ {"problem": "p", "answer": []} → answer is empty
 {"problem": "p", "answer": ""} → no answer ¦ {"problem": "p", "answer": "NOT FOUND"} → no answer
