@@ -43,7 +43,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -809,12 +808,10 @@ def problem_from(record, prompt_field, answer_field):
 
 def answer_text(value, name, only_boxed):
     """A number or a text -> the reference; UserError if it is neither, or says there is none."""
-    if isinstance(value, float):                                # 1e-05 would be read as e - 5
-        value = f"{Decimal(repr(value)):f}"
     text = str(value).split("####")[-1].strip()                 # GSM8K: "… #### answer"
     boxed = last_boxed(text)
     no_answer = boxed is None if only_boxed else text.lower().replace(" ", "") in NO_ANSWER
-    need(type(value) in (str, int) and not no_answer, f"{name} holds no answer")
+    need(type(value) in (str, int, float) and not no_answer, f"{name} holds no answer")
     return boxed or text
 
 

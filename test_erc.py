@@ -837,7 +837,7 @@ BEGUN = [USER, dict(role="assistant", content="x =")]
 KLEAR = dict(data_source="x", prompt=[USER], reward_model=dict(ground_truth="540", style="rule"))
 RECORDS = [  # record, prompt, answer
     (dict(problem="p", answer="a", solution="s"), "p", "a"), (dict(question="q", answer=27.0), "q", "27.0"),
-    (dict(input="i", target=1e-5), "i", "0.00001"), (dict(input="i", target=1e16), "i", "1" + "0" * 16),
+    (dict(input="i", target=1e-5), "i", "1e-05"), (dict(input="i", target=1e16), "i", "1e+16"),
     (dict(problem="é\u2028", expected_answer=["x"]), "é\u2028", "x"), (KLEAR, [USER], "540"),
     (KLEAR | dict(prompt=[USER, USER]), [USER, USER], "540"), (dict(messages=BEGUN, answer=5), BEGUN, "5"),
     (dict(prompt=json.dumps([USER]), reward_model='{"ground_truth": "540"}'), [USER], "540"),
