@@ -834,7 +834,7 @@ def read_rows(source):
             # Without the filter a blank makes floats of a whole column of integers.
             how = dict(na_filter=False) if kind == "csv" else {}
             data = load_dataset(kind, data_files=str(path), split=split, **how)
-        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        elif any(path.rglob("state.json")):                     # left by save_to_disk
             data = load_from_disk(path)
             data = data[split] if isinstance(data, dict) else data
         else:
