@@ -951,10 +951,9 @@ NUMBERS = [
 ]
 # A choice's letter, and what the choice says unless that names another letter: (A) 12.
 CHOICE = r"(?:(?:option|choice|answer):? )?\(?((?-i:[A-Z]))(?:[).:]+ ?((?!.*\b(?-i:[A-Z])\b).*))?"
-# In a formula: letters that are a name and no product; i, the imaginary unit, save as an index; and
-# capitals, which math-verify takes for their small letters: wrong only where an answer has both.
+# In a formula: letters that are a name and no product; i, the imaginary unit, save as an index.
 NAME = (r"\\(?:begin|end)\{\w*\}|\\?(gcd|lcm|(?<![\\A-Za-z])(?:[A-Za-z]{4,}|[A-Z]{2,}))"
-        r"|\\[A-Za-z]+|(?<!_)(?<!_\{)(i)|([A-Z])")
+        r"|\\[A-Za-z]+|(?<!_)(?<!_\{)(i)")
 
 
 def tidy(text):
@@ -995,19 +994,33 @@ def squash(text):
     return re.sub(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", "", text)
 
 
+def formula(text, any_case):
+    """A formula as sympy's; an error if latex2sympy cannot read it. Not by math-verify's `parse`: it
+    searches a text for a number, takes 2t for 2 by its own units, and R for r."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    def symbol(m):
+        return rf"\text{{{m[1]}}}" if m[1] else "{I}" if m[2] else m[0]
+    text = re.sub(NAME, symbol, text)
+    if text.count(r"\pm") == 1:                                 # two answers
+        text = text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-")
+    spelling = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+    case = ConversionConfig(lowercase_symbols=any_case)
+    return latex2sympy(text, None, True, normalization_config=spelling, conversion_config=case)
+
+
 def equal(boxed, reference):
     """Do both say the same? Choices by their letter, words as words, formulas by math-verify."""
     if all(re.fullmatch("-?[0-9]{1,18}", text) for text in (boxed, reference)):
         return int(boxed) == int(reference)                     # needs no computer algebra
-    from math_verify import LatexExtractionConfig, parse, verify
-    from latex2sympy2_extended import NormalizationConfig
     if squash(boxed) == squash(reference):
         return squash(boxed) != ""
+    from math_verify import verify
     (boxed, unit), (reference, its_unit) = tidy(boxed), tidy(reference)
     if unit and its_unit and unit != its_unit:                  # 5 AM, 5 PM
         return False
-    plain = [re.sub(r" ?\\?%$", "", text) for text in (boxed, reference)]
-    if (plain[0] == boxed) != (plain[1] == reference) and equal(*plain):        # 12.5\% and 12.5
+    one_percent = boxed.endswith("%") != reference.endswith("%")        # 12.5\% and 12.5
+    if one_percent and equal(boxed.rstrip(r" \%"), reference.rstrip(r" \%")):
         return True
     if choice := re.fullmatch(CHOICE, reference, re.I):
         reference = choice[1]
@@ -1018,26 +1031,17 @@ def equal(boxed, reference):
     if words(boxed) or words(reference):
         return words(boxed) == words(reference)
 
-    bare = [re.sub(r"\\[A-Za-z]+", "", text) for text in (boxed, reference)]
-    def formula(text):
-        def symbol(m):
-            if m[3] and any(m[3] in letters and m[3].lower() in letters for letters in bare):
-                return rf"\text{{{2 * m[3]}}}"                  # or R - r would be 0
-            return rf"\text{{{m[1]}}}" if m[1] else "{I}" if m[2] else m[0]
-        text = re.sub(NAME, symbol, text)
-        if text.count(r"\pm") == 1:                             # two answers
-            text = text.replace(r"\pm", "+") + ", " + text.replace(r"\pm", "-")
-        return parse(f"${text}$", rules, parsing_timeout=None, fallback_mode="no_fallback")
-
-    # Without its own units, for which 2t is 2, and without its search for a number in any text.
-    rules = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    rules = [LatexExtractionConfig(boxed_match_priority=-1, normalization_config=rules)]
-    gold, answer = formula(reference), formula(boxed)
+    # R and r are one letter to people, unless an answer has both: R - r.
+    letters = [re.sub(r"\\[A-Za-z]+", "", text) for text in (boxed, reference)]
+    any_case = all(len(set(x)) == len(set(x.lower())) for x in letters)
+    gold, answer = formula(reference, any_case), formula(boxed, any_case)
     if not verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
         return False
-    a, b = gold[0], answer[0]                   # verify rounds to six places: 2^-100 would be 2^-99
-    numbers = getattr(a, "is_number", False) and getattr(b, "is_number", False)
-    return not numbers or a == b or bool(abs((a - b).doit().n()) <= 1e-6 * abs(a.doit().n()))
+    # It rounds to six places, and so 2^-100 would be 2^-99; and \infty!! would be any number.
+    numbers = getattr(gold, "is_number", False) and getattr(answer, "is_number", False)
+    if gold == answer or not numbers:
+        return True
+    return bool(abs((gold - answer).doit().n()) <= 1e-6 * abs(gold.doit().n()))
 
 
 def verify_worker(pipe, seconds):
