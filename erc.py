@@ -916,31 +916,33 @@ def last_boxed(text):
 SIGNS = dict(zip("−–⁄÷°×·⋅±√π∞≤≥≠∪∩∈∅≈", (
     r"-|-|/|/|^{\circ} |\times |\cdot |\cdot |\pm |sqrt|\pi |\infty |\le |\ge |\ne |\cup |\cap |"
     r"\in |\emptyset |\approx ").split("|")))
-ARRAY = r"\\begin\{array\}\{\w*\}(.*?)\\end\{array\}"
-LINES = r"\{(?:cases|aligned|array)\}"
+# The lines of an environment, as members of a list; an array between brackets is a matrix.
+LINES = (r"(?:\\\{ *)?(?<![(\[])(?<![(\[] )\\begin\{(?:cases|aligned|array)\}(?:\{\w*\})?(.*?)"
+         r"\\end\{(?:cases|aligned|array)\}(?: *\.)?")
 SPELLINGS = [
     (r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),  # \$18
     (r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|displaystyle|bf|rm|it)(?![A-Za-z]))|~|\s", " "),   # 10\,000
     (r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|emph|underline|operatorname) *"
      r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",                           # \textbf{(A)} -> (‹A)
      lambda m: " " + re.sub("[A-Za-z]+", r"‹\g<0>", m[1]) + " "),
-    (rf"(?:\\\{{ *)?\\begin{LINES}(?:\{{\w*\}})?|\\end{LINES}(?: *\.)?", " "),
+    (r"(?<=\\\\)\[[\d.]+ ?[a-z]+\]", ""),                               # \\[4pt]
+    (LINES, lambda m: " " + re.sub(r",? *\\\\", ", ", m[1]).replace("&", " ") + " "),
     (r"(?:(?<![\\A-Za-z])|\\)sqrt *(?:(\d+)|\(([^()]*)\)|\{([^{}]*)\})", r"\\sqrt{\1\2\3}"),
     (r"(?<![\\A-Za-z])‹?(pi|(?:arc)?(?:sin|cos|tan)|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"^ *[A-Za-z]? *\\approx|\\approx.*", ""),                         # x ≈ 3.14  \frac13 ≈ 0.333
     (r"\\lg(?![A-Za-z])", r"\\log "), (r"\\varnothing", r"\\emptyset "),
     (r";|(?: *,)? +‹?and ", ", "), (" +", " "), (r"(?<![., ])(?: ?\\\\)? ?[.,:]? ?$", ""),  # (0; 3]
 ]
-# A unit stands behind a number. Of bare letters only long words and these are units: 2 ab is none.
-POWER = r"(?: ?\^\{?\d\}?)?"
-SHORT = "(?:[kcm]m|kg|mL|ft|in|lbs?|oz|hrs|mins?|secs?|mph|[ck]?m/s|km/h|per)(?![A-Za-z])"
-UNIT = (r"(?:(?<=[\d}%])|(?<=\\pi)) ?(?:\^\{?\\circ ?\}? ?‹?[CF]|/? ?(\(?"
-        rf"(?:‹[A-Za-z]+|(?<= )[a-z]{{4,}}|[a-z]{{5,}}|{SHORT}){POWER}"
-        rf"(?:(?:[ /.]+‹?|‹)[A-Za-z]+{POWER})*\)?))$")
 # These words make another number of it (4 or seven, 5 million), or another statement.
 OTHER = (r"\b(?:or|not|to|than|at|plus|minus|hundred|thousand|\w*illion|dozen|lakh|crore|if|when|"
          r"for|of|is|times|squared|cubed|factorial|(?:hal|thir|four|fif|six|seven|eigh|nin|ten)\w*|"
          r"quarters?|theta|alpha|beta|gamma|delta|lambda|omega|sigma)\b")
+# A unit stands behind a number. Of bare letters only long words and these are units: 2 ab is none.
+SHORT = "(?:[kcm]m|kg|mL|ft|in|lbs?|oz|hrs|mins?|secs?|mph|[ck]?m/s|km/h|per)(?![A-Za-z])"
+POWER = r"(?: ?\^\{?\d\}?)?"
+UNIT = (rf"(?:(?<=[\d}}%])|(?<=\\pi))(?!.*{OTHER}) ?(?:\^\{{?\\circ ?\}}? ?‹?[CF]|/? ?\(?"
+        rf"(?:‹[A-Za-z]+|(?<= )[a-z]{{4,}}|[a-z]{{5,}}|{SHORT}){POWER}"
+        rf"(?:(?:[ /.]+‹?|‹)[A-Za-z]+{POWER})*\)?)$")
 NUMBERS = [
     ("‹", ""), (r"(?<![^ ])([A-Za-z]) (?=[A-Za-z](?: |$))", r"\1"),                   # a b c
     (r"(?<=\d)(?<!\d{4})(?: |\{,\}|,\\! ?)(?=\d{3}(?![\d/]))|\\!", ""),   # 10 000  10{,}000
@@ -963,21 +965,13 @@ def tidy(text):
     text = re.sub("[⁰¹²³⁴-⁹⁺⁻ⁿ]+", r"^{\g<0>}", re.sub("[₀-₉]+", r"_{\g<0>}", text))
     text = unicodedata.normalize("NFKC", re.sub("[¼-¾⅐-⅞]", r" \g<0>", text))
     text = text.translate(str.maketrans(SIGNS))
-    text = re.sub(r"(?<=\\\\)\[[\d.]+ ?[a-z]+\]", "", text)               # \\[4pt]
-    text = re.sub(rf"(?s)(?:\\left)?[(\[] *{ARRAY} *(?:\\right)?[)\]]",
-                  r"\\begin{pmatrix}\1\\end{pmatrix}", text)
-    if re.search(r"\\begin" + LINES, text):                     # its lines are members of a list
-        text = re.sub(r",? *\\\\", ", ", text).replace("&", " ")
     for old, new in SPELLINGS:
         text = re.sub(old, new, text)
-    unit = ""
-    found = re.search(UNIT, text)
-    if found and not re.search(OTHER, found[0]):
-        text = text[:found.start()]
-        unit = found[1] or ""                                   # degrees C and F are none
+    number = re.sub(UNIT, "", text)
+    unit = re.findall("[a-z]+", text[len(number):].casefold())
     for old, new in NUMBERS:
-        text = re.sub(old, new, text)
-    return text.strip(), re.findall("[a-z]+", unit.casefold())
+        number = re.sub(old, new, number.strip())
+    return number, unit
 
 
 def words(text):
