@@ -43,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -453,7 +453,8 @@ def train(cfg):
     model, tokenizer, optimizer, scaler, sampler, verifier, prompts, heldout = setup(cfg)
     out = Path(cfg.out)
     problems = crc32(repr((prompts, heldout)).encode())     # a run goes on only with those it had
-    done, cursor, failed = begin(out, cfg, model, optimizer, scaler, problems)
+    done, cursor = begin(out, cfg, model, optimizer, scaler, problems)
+    failed = 0                                              # steps in a row without an update
     tokens = {}
     sampler.load_weights(model)
     if heldout and not cfg.resume:
@@ -483,8 +484,7 @@ def train(cfg):
         metrics["seconds"] = time.perf_counter() - started
         log(out, metrics, shown, tokenizer, quiet=bool(heldout))
         if step % cfg.save_every == 0 or step == cfg.steps:
-            save(out, model, optimizer, scaler, tokens, step=step, cursor=cursor, failed=failed,
-                 problems=problems)
+            save(out, model, optimizer, scaler, tokens, step=step, cursor=cursor, problems=problems)
     finish(out, model, tokenizer)
 
 
@@ -499,7 +499,6 @@ def train(cfg):
 # nothing else: after `gather` and `sum_gradients` all hold the same, to the bit, and do the same.
 launched = os.environ if dist.is_torchelastic_launched() else {}
 RANK, WORLD = int(launched.get("RANK", 0)), int(launched.get("WORLD_SIZE", 1))
-LOCAL_WORLD = int(launched.get("LOCAL_WORLD_SIZE", 1))          # those on this machine
 
 
 class UserError(Exception):
@@ -520,11 +519,11 @@ def explained(what):
     """What goes wrong inside becomes one line for the user: libraries raise errors of any class."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as e:
-        hidden = type(e).__name__ == "DatasetGenerationError"   # of `datasets`: its cause says why
-        why = e.__cause__ if hidden else e
-        why = (str(why).strip() or type(why).__name__).splitlines()[0]
-        raise e if isinstance(e, UserError) else UserError(f"{what} ({why})") from e
+        why = f"{e} {e.__cause__ or ''}".strip() or type(e).__name__    # `datasets` hides the cause
+        raise UserError(f"{what} ({why.splitlines()[0]})") from e
 
 
 def gather(x):
@@ -538,9 +537,11 @@ def gather(x):
 
 def sum_gradients(model):
     """Each rank has the gradient of its share of the mini-batch; all need that of the whole."""
-    for p in model.parameters() if WORLD > 1 else ():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad      # it may have had no sample
-        dist.all_reduce(p.grad)
+    if WORLD > 1:
+        for p in model.parameters():
+            if p.grad is None:                                  # this rank may have had no sample
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
 
 
 @contextmanager
@@ -557,10 +558,11 @@ def progress(items, name):
 
 
 def say(text):
-    """Print lines, above the progress bars."""
+    """Print lines, above the progress bars. Rank 0 speaks for all."""
     from tqdm import tqdm
-    tqdm.write(text)
-    sys.stdout.flush()
+    if RANK == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 ABOVE_0 = "beta_low beta_high temperature grad_clip gpu_memory".split()
@@ -579,11 +581,11 @@ def check_settings(cfg):
          f"--prompts-per-step: must be a multiple of --minibatch-prompts, and at least {WORLD}")
     need(cfg.overlong_buffer <= cfg.max_response_tokens,
          f"--overlong-buffer: must be at most --max-response-tokens {cfg.max_response_tokens}")
-    others = {path.name for path in Path(cfg.out).glob("*")} - {"config.json", *LOGS}
-    need(cfg.resume or not others and not Path(cfg.out).is_file(),
-         f"--out {cfg.out}: holds a run or a model; go on with --resume, or name another")
     with explained(f"--out {cfg.out}: cannot be made; name another"):
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        os.makedirs(cfg.out, exist_ok=True)
+    others = set(os.listdir(cfg.out)) - {"config.json", *LOGS}
+    need(cfg.resume or not others,
+         f"--out {cfg.out}: holds a run or a model; go on with --resume, or name another")
 
 
 def flag(name):
@@ -617,14 +619,13 @@ def parse_args(argv):
         return cfg
     path = Path(cfg.out, "config.json")
     with explained(f"--resume: {path} is not there, damaged, or of another version"):
-        base = json.loads(path.read_text())
-        need((path.parent / "checkpoint/state.pt").exists(),
-             f"--resume: {path.parent} has no checkpoint; start it again without --resume")
+        saved = json.loads(path.read_text())
+        cfg = Config(**saved | given)
         free = "steps eval_every save_every micro_tokens out resume".split()
-        differ = [f"{flag(name)} {value} (was {base[name]})" for name, value in given.items()
-                  if name not in free and value not in (base[name], "auto")]
-        need(not differ, f"--resume: {path} has other settings: {', '.join(differ)}")
-        return Config(**base | given)
+        differ = [f"{flag(name)} {value} (was {saved[name]})" for name, value in vars(cfg).items()
+                  if name not in free and value != saved[name]]
+    need(not differ, f"--resume: {path} has other settings: {', '.join(differ)}")
+    return cfg
 
 
 def start(cfg):
@@ -634,8 +635,6 @@ def start(cfg):
     need(cfg.data.strip(", "), "--data or --benchmarks: names nothing")
     need(isinstance(unpacked(cfg.template_kwargs), dict),
          f"--template-kwargs {cfg.template_kwargs}: must be a JSON object")
-    need(cfg.sampler != "vllm" or find_spec("vllm"),
-         "--sampler vllm: it is not installed; pip install vllm, or take --sampler hf")
     need(cuda or cfg.model != Config.model,
          "no CUDA device: this run needs an 80 GB GPU; on a CPU, python erc.py --preset tiny")
     if cuda:
@@ -685,7 +684,7 @@ def overlong(length, cfg):
     return max(0, over) / max(1, cfg.overlong_buffer)
 
 
-@lru_cache(2)
+@cache
 def epoch_order(n, seed, epoch):
     """Every epoch has all of n problems, in an order of its own."""
     return random.Random(f"order {seed} {epoch}").sample(range(n), n)
@@ -696,11 +695,12 @@ def micro_batches(samples, budget):
     padded tokens (or one sample) each. Every WORLD-th by length: all ranks have as much to do."""
     def size(s):
         return len(s.prompt) + len(s.response)
+    todo = sorted(samples, key=size, reverse=True)[RANK::WORLD]
     batches = []
-    for s in sorted(samples, key=size, reverse=True)[RANK::WORLD]:
-        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > budget:
-            batches.append([])
-        batches[-1].append(s)
+    while todo:
+        rows = max(1, budget // size(todo[0]))
+        batches.append(todo[:rows])
+        todo = todo[rows:]
     return batches
 
 
@@ -714,7 +714,7 @@ def summed_up(tokens, grad_norms):
     return metrics | dict(
         rho_drift=(rho_N - 1).abs().median().item(),
         grad_norms=finite_norms,
-        grad_norm=sum(finite_norms) / max(1, len(finite_norms)),
+        grad_norm=statistics.fmean(finite_norms or [0.0]),
         updates=len(finite_norms),
         updates_skipped=len(grad_norms) - len(finite_norms))
 
@@ -1060,7 +1060,7 @@ def verify_worker(pipe, seconds):
 class Verifier:
     """math-verify in worker processes. `killed` counts answers that ran into a limit: scored 0."""
 
-    def __init__(self, workers=max(1, min(32, os.cpu_count() // LOCAL_WORLD)), seconds=5.0):
+    def __init__(self, workers=max(1, min(32, os.cpu_count() // WORLD)), seconds=5.0):
         self.seconds, self.killed = seconds, 0
         self.idle = [self.start() for _ in range(workers)]
 
@@ -1173,10 +1173,10 @@ class VLLMSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"      # the engine in this process: no IPC
         os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = torch.get_float32_matmul_precision()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
         self.eos, cuda = eos, torch.cuda.is_available()
         with explained(f"vLLM does not start with {path}; change --gpu-memory, lower "
                        "--max-response-tokens, or take --sampler hf"):
+            from vllm import LLM
             self.llm = LLM(
                 model=path, dtype=DTYPES[precision], max_model_len=max_tokens,
                 enforce_eager=not cuda, enable_sleep_mode=cuda,
@@ -1343,7 +1343,7 @@ def free_memory(device):
         limit = int((container / "memory.max").read_text())
         used = re.search(r"^anon (\d+)", (container / "memory.stat").read_text(), re.M)
         free = min(free, limit - int(used[1]))
-    return free // LOCAL_WORLD
+    return free // WORLD                                        # as if all were on this machine
 
 
 def step_memory(model, precision, tokens):
@@ -1352,19 +1352,17 @@ def step_memory(model, precision, tokens):
     V, D = model.get_output_embeddings().weight.shape
     mlp = getattr(config, "intermediate_size", None) or 4 * D
     weights = 4 * model.num_parameters()
-    copies = 0                                                  # autocast's, of the body's weights
-    if precision != "fp32":
-        copies = 2 * (model.base_model.num_parameters() - V * D)
     # A layer saves four tensors as wide as its MLP, in the body's precision, and some ten as wide
     # as its hidden state. The attention's matrix is never held: it is computed in tiles.
     layer = tokens * (36 * D + 4 * DTYPES[precision].itemsize * mlp)
-    saved = 1.2 * layer                                         # malloc adds about a fifth
-    if model.is_gradient_checkpointing:                         # only the layer's input is saved
-        saved = 4 * tokens * D
+    saved = 1.2 * config.num_hidden_layers * layer              # malloc adds about a fifth
+    if precision != "fp32":                                     # autocast's copies of the weights
+        saved += 2 * (model.base_model.num_parameters() - V * D)
+    if model.is_gradient_checkpointing:                         # only the layers' inputs are saved
+        saved = config.num_hidden_layers * 4 * tokens * D
     # The head's gradient, five chunks of logits, three times the hidden states.
     head = 4 * (V * D + 5 * 256 * V + 3 * tokens * D)
-    return dict(weights=weights, gradients=weights, Adam=2 * weights,
-                activations=config.num_hidden_layers * saved + copies,
+    return dict(weights=weights, gradients=weights, Adam=2 * weights, activations=saved,
                 working=max(head, 2 * layer))                   # a layer and its gradients
 
 
@@ -1381,6 +1379,8 @@ def plan_memory(model, cfg, longest):
              f"--gpu-memory {cfg.gpu_memory}: leaves too little of {free / 2**30:.1f} GiB for "
              "weights and Adam; lower it")
         free -= 2**30                                           # which vLLM keeps asleep
+        if model.device.type == "cpu":
+            free -= parts["weights"]                            # vLLM's own copy
     room = 0.9 * free                                           # the allocators waste some
     while sum(parts.values()) > room and rows > 1 and not cfg.micro_tokens:
         rows = math.ceil(rows / 2)      # in halves: free memory then rarely changes how it is cut
@@ -1457,17 +1457,17 @@ def save(out, model, optimizer, scaler, tokens, **state):
 
 
 def begin(out, cfg, model, optimizer, scaler, problems):
-    """A new run's records, or the last checkpoint -> (steps done, cursor, steps without a finite
-    gradient). What was logged after the checkpoint is cut off."""
+    """Begin a run's records, or load its last checkpoint -> (steps done, cursor). What was logged
+    after the checkpoint is cut off."""
     if not cfg.resume:
         rewrite(out / "config.json", json.dumps(vars(cfg), indent=1) + "\n")
         for name in LOGS:                                       # of a run without a checkpoint yet
             (out / name).unlink(missing_ok=True)
-        return 0, 0, 0
+        return 0, 0
     path = out / "checkpoint/state.pt"
     optimizer.state.clear()
-    with explained(f"--resume: {out} is damaged, or {model.name_or_path} has changed; put them "
-                   "back, or start a run anew"):
+    with explained(f"--resume: {out} has no checkpoint, is damaged, or {model.name_or_path} has "
+                   "changed; put them back, or start a run anew"):
         # torch.load takes flipped bits silently.
         need(not zipfile.ZipFile(path).testzip(), f"--resume: {path} is damaged; start anew")
         state = torch.load(path, map_location=model.device, weights_only=True)
@@ -1480,7 +1480,7 @@ def begin(out, cfg, model, optimizer, scaler, problems):
             lines = (out / name).read_text("utf-8").split("\n")[:-1]   # the last one may be cut off
             lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
             rewrite(out / name, "".join(lines))
-    return state["step"], state["cursor"], state["failed"]
+    return state["step"], state["cursor"]
 
 
 def finish(out, model, tokenizer):
@@ -1716,8 +1716,6 @@ def main(argv=None):
         raise KeyboardInterrupt(143)
     signal.signal(signal.SIGTERM, terminate)
     argv = sys.argv[1:] if argv is None else argv
-    if RANK > 0 or sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")                      # rank 0 speaks for all
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")                # a terminal without ρ gets a ?
     try:
