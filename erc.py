@@ -749,7 +749,7 @@ def log(out, m, shown, tokenizer, quiet):
 
 class Problem(NamedTuple):
     prompt: str | list          # the user's turn as text, or chat messages
-    answer: str | list          # the reference; of a list any one counts
+    answer: str | list          # the reference; of several any one is accepted
 
 
 PROMPTS = "problem, question, prompt, input, messages"
@@ -761,8 +761,8 @@ KINDS = dict(json="json", jsonl="json", ndjson="json", parquet="parquet", csv="c
 
 
 def unpacked(value):
-    """A JSON text of an object, messages or alternative answers -> what it holds. But a number stays
-    a text, and so does "[1, 2]", an interval."""
+    """A JSON text of an object, messages or alternative answers -> what it holds. A number stays a
+    text, and so does "[1, 2]", an interval."""
     try:
         held = json.loads(value)
     except (TypeError, ValueError, RecursionError):             # no text, or none of JSON
@@ -931,18 +931,21 @@ SPELLINGS = [
     (r"(?<![\\A-Za-z])‹?(pi|(?:arc)?(?:sin|cos|tan)|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"^ *[A-Za-z]? *\\approx|\\approx.*", ""),                         # x ≈ 3.14  \frac13 ≈ 0.333
     (r"\\lg(?![A-Za-z])", r"\\log "), (r"\\varnothing", r"\\emptyset "),
-    (r";|(?: *,)? +‹?and ", ", "), (" +", " "), (r"(?<![., ])(?: ?\\\\)? ?[.,:]? ?$", ""),  # (0; 3]
+    (r";|(?: *,)? +‹?and ", ", "),                                      # (0; 3]  A, B, and C
+    (" +", " "), (r"(?<![., ])(?: ?\\\\)? ?[.,:]? ?$", ""),             # a full stop at the end
 ]
 # These words make another number of it (4 or seven, 5 million), or another statement.
 OTHER = (r"\b(?:or|not|to|than|at|plus|minus|hundred|thousand|\w*illion|dozen|lakh|crore|if|when|"
          r"for|of|is|times|squared|cubed|factorial|(?:hal|thir|four|fif|six|seven|eigh|nin|ten)\w*|"
          r"quarters?|theta|alpha|beta|gamma|delta|lambda|omega|sigma)\b")
-# A unit stands behind a number. Of bare letters only long words and these are units: 2 ab is none.
+# A unit, or the base 7 in 1202_7, stands behind a number. Of bare letters only long words and these
+# are units: 2 ab is none.
 SHORT = "(?:[kcm]m|kg|mL|ft|in|lbs?|oz|hrs|mins?|secs?|mph|[ck]?m/s|km/h|per)(?![A-Za-z])"
 POWER = r"(?: ?\^\{?\d\}?)?"
-UNIT = (rf"(?:(?<=[\d}}%])|(?<=\\pi))(?!.*{OTHER}) ?(?:\^\{{?\\circ ?\}}? ?‹?[CF]|/? ?\(?"
+UNIT = (rf"(?:(?<=\d)(?<![_^]\d)_\{{?\d+\}}?|"
+        rf"(?:(?<=[\d}}%])|(?<=\\pi))(?!.*{OTHER}) ?(?:\^\{{?\\circ ?\}}? ?‹?[CF]|/? ?\(?"
         rf"(?:‹[A-Za-z]+|(?<= )[a-z]{{4,}}|[a-z]{{5,}}|{SHORT}){POWER}"
-        rf"(?:(?:[ /.]+‹?|‹)[A-Za-z]+{POWER})*\)?)$")
+        rf"(?:(?:[ /.]+‹?|‹)[A-Za-z]+{POWER})*\)?))$")
 NUMBERS = [
     ("‹", ""), (r"(?<![^ ])([A-Za-z]) (?=[A-Za-z](?: |$))", r"\1"),                   # a b c
     (r"(?<=\d)(?<!\d{4})(?: |\{,\}|,\\! ?)(?=\d{3}(?![\d/]))|\\!", ""),   # 10 000  10{,}000
@@ -968,7 +971,7 @@ def tidy(text):
     for old, new in SPELLINGS:
         text = re.sub(old, new, text)
     number = re.sub(UNIT, "", text)
-    unit = re.findall("[a-z]+", text[len(number):].casefold())
+    unit = re.findall(r"[a-z]+|\d+", text[len(number):].casefold())
     for old, new in NUMBERS:
         number = re.sub(old, new, number.strip())
     return number, unit
@@ -989,8 +992,8 @@ def squash(text):
 
 
 def formula(text, any_case):
-    """A formula as sympy's; an error if latex2sympy cannot read it. Not by math-verify's `parse`: it
-    searches a text for a number, takes 2t for 2 by its own units, and R for r."""
+    """A formula -> sympy's expression; an error where latex2sympy cannot read all of it. `parse` of
+    math-verify would take a part of it, or 2t for 2: t is a unit to it."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     def symbol(m):
@@ -1024,8 +1027,10 @@ def equal(boxed, reference):
         return squash(boxed) != ""
     if words(boxed) or words(reference):
         return words(boxed) == words(reference)
+    if re.search(r"\d_|(?<![a-z] )\b\d+ \d", f"{boxed}, {reference}"):
+        return False                        # to math-verify 4_7 is 4, and 7 2 0 0 a product: 0
 
-    # R and r are one letter to people, unless an answer has both: R - r.
+    # R and r are the same letter, unless an answer has both: R - r.
     letters = [re.sub(r"\\[A-Za-z]+", "", text) for text in (boxed, reference)]
     any_case = all(len(set(x)) == len(set(x.lower())) for x in letters)
     gold, answer = formula(reference, any_case), formula(boxed, any_case)
