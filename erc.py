@@ -645,7 +645,8 @@ def start(cfg):
     # TF32 in the head is finer than a bf16 body; it rounds old and new alike, so r, ρ stay 1.
     torch.set_float32_matmul_precision("highest" if cfg.precision == "fp32" else "high")
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)        # our line says what failed
+    for library in "huggingface_hub", "datasets.packaged_modules":
+        logging.getLogger(library).setLevel(logging.CRITICAL)   # our line says what failed
     return torch.device("cuda" if cuda else "cpu")
 
 

