@@ -355,23 +355,19 @@ def forward(model, samples, cfg):
     # shows it to no response token; so there is no attention mask.
     rows = [torch.tensor(s.prompt + s.response[:-1]) for s in samples]
     ids_BL = pad_sequence(rows, batch_first=True).to(model.device)
-    # Of each response token: its row, its place t in the response, its prompt's length. It is
-    # predicted at the position before its own, len(prompt) + t - 1.
-    b_N = torch.tensor([b for b, s in enumerate(samples) for _ in s.response])
-    t_N = torch.tensor([t for s in samples for t in range(len(s.response))])
-    prompt_length_N = torch.tensor([len(s.prompt) for s in samples for _ in s.response])
-    targets_N = torch.tensor([y for s in samples for y in s.response])
+    responses = [torch.tensor(s.response) for s in samples]
+    y_BT = pad_sequence(responses, batch_first=True, padding_value=-1).to(model.device)
+    mask_BT = y_BT >= 0
+    # Token t of response b is predicted at the position before its own, len(prompt) + t - 1.
+    b_N, t_N = mask_BT.nonzero(as_tuple=True)
+    prompt_length_B = torch.tensor([len(s.prompt) for s in samples], device=model.device)
 
     with autocast(model.device, cfg.precision):
         hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-    hidden_ND = hidden_BLD[b_N, prompt_length_N + t_N - 1]
+    hidden_ND = hidden_BLD[b_N, prompt_length_B[b_N] + t_N - 1]
     kappa = cfg.erc_mode == "one-sided" and torch.is_grad_enabled()    # π_old, under no_grad: none
-    stats = token_stats(hidden_ND, model.get_output_embeddings(), targets_N.to(model.device),
+    stats = token_stats(hidden_ND, model.get_output_embeddings(), y_BT[mask_BT],
                         cfg.temperature, entropy_grad=cfg.entropy_coef != 0, kappa=kappa)
-
-    mask_BT = torch.zeros(len(samples), max(t_N) + 1, dtype=torch.bool)
-    mask_BT[b_N, t_N] = True
-    mask_BT = mask_BT.to(model.device)
     zeros_BT = torch.zeros(mask_BT.shape, device=model.device)
     logp_BT, entropy_BT, *more = [zeros_BT.masked_scatter(mask_BT, x_N) for x_N in stats]
     return logp_BT, entropy_BT, mask_BT, more[0] if more else None
