@@ -331,7 +331,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
         for s, advantage in zip(samples, advantages_PG.flatten().tolist()):
             s.advantage = advantage
         all_samples += sum(gather(samples), [])
-        groups = [all_samples[i:i + G] for i in range(0, len(all_samples), G)]
+        groups = batched(all_samples, G)
         if not keep_all:                # equal rewards, after the length penalty, give no gradient
             groups = [group for group in groups if any(s.advantage for s in group)]
         if len(groups) >= cfg.prompts_per_step:
@@ -400,8 +400,7 @@ def update(model, optimizer, groups, cfg, scaler):
     All old statistics come first, from the same micro-batches as the new ones. So r ≡ 1 and ρ ≡ 1
     on the first mini-batch, or else UserError. The GradScaler is fp16's, against underflow.
     """
-    size = cfg.minibatch_prompts
-    minis = [sum(groups[i:i + size], []) for i in range(0, len(groups), size)]
+    minis = [sum(part, []) for part in batched(groups, cfg.minibatch_prompts)]
     plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
     old, metrics = old_statistics(model, sum(plan, []), cfg)
     old = iter(old)
@@ -508,6 +507,11 @@ def need(holds, message):
 
 def as_list(x):
     return x if isinstance(x, list) else [x]
+
+
+def batched(items, n):
+    """As itertools.batched of Python 3.12: n items at a time; of the last there may be fewer."""
+    return [items[i:i + n] for i in range(0, len(items), n)]
 
 
 @contextmanager
@@ -1149,8 +1153,7 @@ class HFSampler:
         samples = []
         longest = max_tokens + max(map(len, prompts), default=0)
         size = max(1, min(256, 2**14 // longest))       # rows of logits, and tokens of cache
-        for i in progress(range(0, len(rows), size), "sampling"):
-            part = rows[i:i + size]
+        for part in progress(batched(rows, size), "sampling"):
             ids_BL = pad_sequence(part, True, -1, "left").to(self.model.device)
             seen_BL = (ids_BL >= 0).long()                      # not the padding
             columns.clear()
@@ -1517,7 +1520,7 @@ def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0
     texts = [tokenizer.decode(s.response, skip_special_tokens=True) for s in samples]
     scores = verifier.score(texts, [answer for _, answer in mine for _ in range(k)])
     rows = [(score, len(s.response), s.truncated) for score, s in zip(scores, samples)]
-    parts = gather([rows[i:i + k] for i in range(0, len(rows), k)])
+    parts = gather(batched(rows, k))
     return [parts[p % WORLD][p // WORLD] for p in range(len(prompts))]
 
 
