@@ -537,10 +537,10 @@ def gather(x):
 
 def sum_gradients(model):
     """Each rank has the gradient of its share of the mini-batch; all need that of the whole."""
-    if WORLD > 1:
-        for p in model.parameters():
-            if p.grad is None:                                  # this rank may have had no sample
-                p.grad = torch.zeros_like(p)
+    for p in model.parameters():
+        if p.grad is None:                                      # this rank may have had no sample
+            p.grad = torch.zeros_like(p)
+        if WORLD > 1:
             dist.all_reduce(p.grad)
 
 
@@ -1409,8 +1409,7 @@ def rehearse(model, optimizer, cfg, longest):
     response = [0] * (cfg.micro_tokens // rows - 1)
     with explained(f"{cfg.micro_tokens} tokens do not fit: lower --micro-tokens or "
                    "--max-response-tokens"):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+        sum_gradients(model)                                    # there is none yet: zeros
         optimizer.step()                                        # allocates moments, moves nothing
         logp_BT, *_ = forward(model, [Sample([0], response, [], True)] * rows, cfg)
         logp_BT.sum().backward()
