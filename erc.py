@@ -659,10 +659,8 @@ def setup(cfg):
     gather("the others wait for rank 0's model")
     model, tokenizer, eos = load_model(cfg.model, device)
     check_head(model)
-    prompts = load_prompts(cfg.data, tokenizer, cfg, cfg.max_prompt_tokens)
-    heldout = []
-    if cfg.eval_data:
-        heldout = load_prompts(cfg.eval_data, tokenizer, cfg, cfg.max_prompt_tokens)
+    prompts = load_prompts(cfg.data, tokenizer, cfg)
+    heldout = load_prompts(cfg.eval_data, tokenizer, cfg) if cfg.eval_data else []
     longest = cfg.max_response_tokens + max(len(ids) for ids, _ in prompts + heldout)
     say(f"{cfg.model}: {model.num_parameters() / 1e6:.2f} M parameters on {WORLD} × {device}, "
         f"{cfg.precision}, sampler {cfg.sampler}\n"
@@ -862,8 +860,10 @@ def load_problems(source, prompt_field="", answer_field=""):
     return problems
 
 
-def load_prompts(source, tokenizer, cfg, limit=math.inf):
-    """-> [(token ids, answer)] of the source's problems within the limit; UserError if none is."""
+def load_prompts(source, tokenizer, cfg):
+    """-> [(token ids, answer)] of the source's problems within cfg.max_prompt_tokens; UserError if
+    none is."""
+    limit = cfg.max_prompt_tokens
     problems = load_problems(source, cfg.prompt_field, cfg.answer_field)
     kwargs = json.loads(cfg.template_kwargs)
     prompts = [(encode(tokenizer, p.prompt, cfg.instruction, kwargs), p.answer) for p in problems]
@@ -1538,8 +1538,8 @@ def greedy_accuracy(sampler, verifier, tokenizer, heldout, cfg):
     return summary(rows)["accuracy"]
 
 
-EVAL = dict(data=", ".join(BENCHMARKS), group_size=0, max_response_tokens=0, temperature=0.6,
-            gpu_memory=0.85)
+EVAL = dict(data=", ".join(BENCHMARKS), group_size=0, max_prompt_tokens=math.inf,
+            max_response_tokens=0, temperature=0.6, gpu_memory=0.85)
 
 
 def evaluation(cfg):

@@ -105,7 +105,7 @@ def draw(found, lrs, path):
 def main(path, data, *lrs):
     lrs = [float(lr) for lr in lrs or ("1e-6", "3e-6", "1e-5")]
     model, tokenizer, eos = erc.load_model(path, torch.device("cpu"))
-    prompts = [ids for ids, _ in erc.load_prompts(data, tokenizer, erc.Config(), 512)]
+    prompts = [ids for ids, _ in erc.load_prompts(data, tokenizer, erc.Config(max_prompt_tokens=512))]
     found = {}                                                  # (kind, lr, way): a run a seed
     for seed, kind in itertools.product((1, 2, 3), ("dithered", "exact")):
         start = with_weights(model, kind, seed)
