@@ -1516,7 +1516,7 @@ def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0
     mine = prompts[RANK::WORLD]
     samples = sampler.generate([ids for ids, _ in mine], k, max_tokens, temperature, top_p,
                                seed + RANK)
-    texts = [tokenizer.decode(s.response, skip_special_tokens=True) for s in samples]
+    texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
     scores = verifier.score(texts, [answer for _, answer in mine for _ in range(k)])
     rows = [(score, len(s.response), s.truncated) for score, s in zip(scores, samples)]
     parts = gather(batched(rows, k))
