@@ -666,8 +666,8 @@ def setup(cfg):
         f"{cfg.precision}, sampler {cfg.sampler}\n"
         f"{'ERC-' * cfg.erc}{cfg.algo.upper()}: {cfg.prompts_per_step} prompts × {cfg.group_size} "
         f"samples a step, {cfg.prompts_per_step // cfg.minibatch_prompts} updates of "
-        f"{cfg.minibatch_prompts * cfg.group_size} responses\n"
-        f"memory: {plan_memory(model, cfg, longest)}")
+        f"{cfg.minibatch_prompts * cfg.group_size} responses")
+    plan_memory(model, cfg, longest)
     # vLLM wants its share of the GPU free when it starts, so it comes before Adam.
     sampler = make_sampler(cfg, model, eos, longest)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=cfg.weight_decay,
@@ -1373,7 +1373,7 @@ def step_memory(model, precision, tokens):
 
 def plan_memory(model, cfg, longest):
     """Set cfg.micro_tokens, if it is 0, to the largest budget that fits, and in any case to no more
-    than a mini-batch and no less than a row -> the line to print. UserError if no row fits."""
+    than a mini-batch and no less than a row; print the plan. UserError if no row fits."""
     gather("all have loaded their weights")
     free = min(gather(free_memory(model.device)))
     rows = math.ceil(cfg.minibatch_prompts * cfg.group_size / WORLD)
@@ -1399,7 +1399,7 @@ def plan_memory(model, cfg, longest):
         remedy = "take a smaller --model"
     need(sum(parts.values()) <= room, f"out of memory: {line}; {remedy}")
     cfg.micro_tokens = tokens
-    return line
+    say(f"memory: {line}")
 
 
 def rehearse(model, optimizer, cfg, longest):
