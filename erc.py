@@ -592,12 +592,14 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def parser(command, names):
-    """Flags for these fields of Config, whose comments are the help; errors are UserErrors."""
+def parser(command, names, **defaults):
+    """Flags for these fields of Config, whose comments are the help; errors are UserErrors. Help
+    names these defaults, or else Config's."""
     ap = argparse.ArgumentParser(f"python erc.py {command}", None, __doc__, allow_abbrev=False,
                                  argument_default=argparse.SUPPRESS,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.error = lambda message: need(False, f"{message} (--help lists all settings)")
+    defaults = vars(Config) | defaults
     reasons = dict(re.findall(r"^    (\w+): .*?# (.*)$", inspect.getsource(Config), re.M))
     for name in names:
         kind = Config.__annotations__[name]
@@ -606,7 +608,7 @@ def parser(command, names):
             how = dict(action=argparse.BooleanOptionalAction)
         elif get_args(kind):
             how = dict(choices=get_args(kind))
-        ap.add_argument(flag(name), help=f"{reasons[name]} [{getattr(Config, name)}]", **how)
+        ap.add_argument(flag(name), help=f"{reasons[name]} [{defaults[name]}]", **how)
     return ap
 
 
@@ -1733,12 +1735,14 @@ def main(argv=None):
             os.execv(sys.executable, on_all_gpus(argv))
         elif argv[:1] == ["eval"]:
             names = ("model prompt_field answer_field instruction template_kwargs "
-                     "max_response_tokens temperature precision sampler gpu_memory seed out")
-            ap = parser("eval", names.split())
+                     "max_response_tokens temperature precision sampler gpu_memory seed")
+            ap = parser("eval", names.split(), **EVAL)
             ap.add_argument("--benchmarks", dest="data",
                             help=f"of these, and data of yours as for --data [{EVAL['data']}]")
             ap.add_argument("--k", dest="group_size", type=int,
-                            help="responses a problem; 0: as in the paper (§4.1)")
+                            help="responses a problem; 0 here and for --max-response-tokens: as in "
+                                 "the paper (§4.1) [0]")
+            ap.add_argument("--out", help="the file of all scores [runs/eval-MODEL.json]")
             given = EVAL | vars(ap.parse_args(argv[1:]))
             given.setdefault("out", f"runs/eval-{Path(given.get('model', Config.model)).name}.json")
             cfg = Config(**given)
