@@ -1540,8 +1540,27 @@ def greedy_accuracy(sampler, verifier, tokenizer, heldout, cfg):
     return summary(rows)["accuracy"]
 
 
-EVAL = dict(data=", ".join(BENCHMARKS), group_size=0, max_prompt_tokens=math.inf,
-            max_response_tokens=0, temperature=0.6, gpu_memory=0.85)
+def parse_eval(argv):
+    """Command line of eval -> Config. Of its fields `data` holds the benchmarks, `group_size` k, and
+    `out` the file of all scores."""
+    defaults = dict(data=", ".join(BENCHMARKS), group_size=0, max_prompt_tokens=math.inf,
+                    max_response_tokens=0, temperature=0.6, gpu_memory=0.85)
+    names = ("model prompt_field answer_field instruction template_kwargs "
+             "max_response_tokens temperature precision sampler gpu_memory seed")
+    ap = parser("eval", names.split(), **defaults)
+    ap.add_argument("--benchmarks", dest="data",
+                    help=f"of these, and data of yours as for --data [{defaults['data']}]")
+    ap.add_argument("--k", dest="group_size", type=int,
+                    help="responses a problem; 0 here and for --max-response-tokens: as in "
+                         "the paper (§4.1) [0]")
+    ap.add_argument("--out", help="the file of all scores [runs/eval-MODEL.json]")
+    given = defaults | vars(ap.parse_args(argv))
+    given.setdefault("out", f"runs/eval-{Path(given.get('model', Config.model)).name}.json")
+    cfg = Config(**given)
+    least = min(cfg.group_size, cfg.max_response_tokens, cfg.temperature)
+    need(least >= 0 and cfg.temperature < math.inf,
+         "--k, --max-response-tokens and --temperature: must be at least 0, and finite")
+    return cfg
 
 
 def evaluation(cfg):
@@ -1734,22 +1753,7 @@ def main(argv=None):
             say(f"one process a GPU: {' '.join(on_all_gpus(argv))}")
             os.execv(sys.executable, on_all_gpus(argv))
         elif argv[:1] == ["eval"]:
-            names = ("model prompt_field answer_field instruction template_kwargs "
-                     "max_response_tokens temperature precision sampler gpu_memory seed")
-            ap = parser("eval", names.split(), **EVAL)
-            ap.add_argument("--benchmarks", dest="data",
-                            help=f"of these, and data of yours as for --data [{EVAL['data']}]")
-            ap.add_argument("--k", dest="group_size", type=int,
-                            help="responses a problem; 0 here and for --max-response-tokens: as in "
-                                 "the paper (§4.1) [0]")
-            ap.add_argument("--out", help="the file of all scores [runs/eval-MODEL.json]")
-            given = EVAL | vars(ap.parse_args(argv[1:]))
-            given.setdefault("out", f"runs/eval-{Path(given.get('model', Config.model)).name}.json")
-            cfg = Config(**given)
-            least = min(cfg.group_size, cfg.max_response_tokens, cfg.temperature)
-            need(least >= 0 and cfg.temperature < math.inf,
-                 "--k, --max-response-tokens and --temperature: must be at least 0, and finite")
-            evaluation(cfg)
+            evaluation(parse_eval(argv[1:]))
         else:
             train(parse_args(argv))
         return 0
