@@ -1749,13 +1749,16 @@ def main(argv=None):
             ap.add_argument("runs", nargs="+", metavar="RUN", help="directories that training left")
             ap.add_argument("--out", default=".", metavar="DIR", help="where the pictures go [.]")
             plot(**vars(ap.parse_args(argv[1:])))
-        elif torch.cuda.device_count() > 1 and not launched:
+            return 0
+        evaluating = argv[:1] == ["eval"]
+        cfg = parse_eval(argv[1:]) if evaluating else parse_args(argv)
+        if torch.cuda.device_count() > 1 and not launched:
             say(f"one process a GPU: {' '.join(on_all_gpus(argv))}")
             os.execv(sys.executable, on_all_gpus(argv))
-        elif argv[:1] == ["eval"]:
-            evaluation(parse_eval(argv[1:]))
+        elif evaluating:
+            evaluation(cfg)
         else:
-            train(parse_args(argv))
+            train(cfg)
         return 0
     except (UserError, OSError) as e:                   # a full disk, no permission: names the file
         if RANK > 0:                                         # if rank 0 found it too, torchrun ends
