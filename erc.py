@@ -819,9 +819,11 @@ def answer_text(value, name, only_boxed):
 def read_rows(source):
     """A file, a directory or a hub data set NAME[:CONFIG[:SPLIT]] -> its records as dicts, or as
     lines of JSON."""
-    exists = Path(source).exists()
-    name, config, split = (source, "", "") if exists else (source + "::").split(":", 2)
-    path, split = Path(name), split.rstrip(":") or "train"
+    name, config, split = source, "", ""
+    if not Path(source).exists():                               # a path may have colons of its own
+        name, config, split = (source + "::").split(":", 2)
+    split = split.rstrip(":") or "train"
+    path = Path(name)
     kind = KINDS.get(path.name.lower().removesuffix(".gz").rpartition(".")[2])
     need(path.exists() or not kind, f"{source}: no such data file")
     need(kind or not path.is_file(), f"{source}: of an unknown kind; known are {', '.join(KINDS)}")
@@ -902,12 +904,14 @@ def last_boxed(text):
     >>> last_boxed("<think> \\\\boxed{1} </think> so \\\\boxed{\\\\frac{1}{2}}.")
     '\\\\frac{1}{2}'
     """
-    text, last = text.rsplit("</think>", 1)[-1], None
+    text = text.rsplit("</think>", 1)[-1]
     number_or_letter = r"(-?\d+(?:[.,/]\d+)*|(?<=\s)[A-Za-z](?![A-Za-z]))"
-    for last in re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|" + number_or_letter + ")", text):
-        pass
-    if last is None or last[1]:
-        return last and last[1]
+    boxes = [*re.finditer(r"\\(?:boxed|fbox)\s*(?:\{|" + number_or_letter + ")", text)]
+    if not boxes:
+        return None
+    last = boxes[-1]
+    if last[1]:
+        return last[1]
     depth = 1
     for m in re.compile(r"\\.|[{}]", re.S).finditer(text, last.end()):     # \{, \} are no braces
         depth += {"{": 1, "}": -1}.get(m[0], 0)
