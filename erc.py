@@ -60,7 +60,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 # ---------------------------------------------------------------------------------------- Settings
 
-# PPO-clip's (ε_low, ε_high): dapo and gppo as in §4.1; grpo PPO's; gspo as in the authors' code.
+# PPO-clip's (ε_low, ε_high): of dapo and gppo as in §4.1, of grpo as in PPO, of gspo as in the
+# authors' code.
 EPS = {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gppo": (0.2, 0.2), "gspo": (3e-4, 4e-4)}
 
 
@@ -185,8 +186,9 @@ def logp_entropy(logits_NV, targets_N, kappa=False):
     if not kappa:
         return logp_N, entropy_N
 
-    # If y is the likeliest token, π_y c_y and its own part of Σ π² c nearly cancel. Taken together
-    # they are c_top π_top (1 - π_top), where π_top is 1 / (1 + s) and 1 - π_top is s / (1 + s).
+    # Here c_v is d_v + c_top; for the likeliest token it is c_top, and π_top is 1 / (1 + s). If
+    # that token is y, π_y c_y and its own part of Σ π² c nearly cancel. Taken together they are
+    # c_top π_top (1 - π_top), where 1 - π_top is s / (1 + s).
     others_N = (e_NV**2 * (d_NV + c_top_N[:, None])).sum(-1) / (1 + s_N)**2
     if_top_N = c_top_N * s_N / (1 + s_N)**2
     if_other_N = logp_N.exp() * (d_y_N + c_top_N) - c_top_N / (1 + s_N)**2
@@ -226,18 +228,18 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
 
     mask_BT marks response tokens. `norm` divides the sum over them: the whole mini-batch's number
     of tokens (dapo, gppo) or of responses (grpo, gspo), by default this call's own. With kappa_BT,
-    the κ of `logp_entropy`, ERC is one-sided. The list `tokens` gets what `record` makes."""
+    the κ of `logp_entropy`, ERC is one-sided. To the list `tokens` is added what each token had."""
     mask_BT = mask_BT.bool()
     A_B1 = advantages_B[:, None]
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                   # |y_i|
     log_r_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0)       # padding may hold anything
-    log_r_BT = log_r_BT.clamp(-20, 20)          # r = ∞, once clipped, has the gradient 0 · ∞
+    log_r_BT = log_r_BT.clamp(-20, 20)          # or a clipped r = ∞ had the gradient 0 · ∞
     entropy_BT = entropy_BT.masked_fill(~mask_BT, 0.0)
 
     r_BT = log_r_BT.exp()                                                   # eq. 1
     if cfg.algo == "gspo":
-        # Of every token the value is the sequence's ratio (Π_t r_t)^(1/|y|), and the gradient that
-        # times its own ∇log π. The mean over tokens then has the gradient of the sequence's ratio.
+        # Every token has the sequence's ratio (Π_t r_t)^(1/|y|) for its value, and that ratio times
+        # its own ∇log π for its gradient. Their mean then has the gradient of the sequence's ratio.
         sequence_B1 = log_r_BT.detach().sum(1, keepdim=True) / length_B1
         r_BT = (sequence_B1 + log_r_BT - log_r_BT.detach()).exp()
     bound_BT = r_BT.clamp(1 - cfg.eps_low, 1 + cfg.eps_high)
@@ -259,7 +261,7 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     drop_BT = drop_BT & cfg.erc
     J_BT = J_BT.masked_fill(drop_BT, 0.0)                                   # eq. 9
 
-    # Eq. 2 has r·A in place of J. A dropped token keeps both of these terms.
+    # The next two terms are outside of J, so a dropped token keeps them. (Eq. 2 has r·A for J.)
     kl_BT = log_r_BT.exp() - 1 - log_r_BT       # its mean over y ~ π_old is KL(π_old‖π_θ)
     loss_BT = -J_BT + cfg.kl_coef * kl_BT - cfg.entropy_coef * entropy_BT   # eq. 2, §5.6
     # Eqs. 6, 7, 9 divide by Σ|y_i|, dropped tokens included; eq. 5 has each response's mean first.
@@ -272,14 +274,15 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     return loss, record(seen, mask_BT, tokens)
 
 
-MEANS = "ppo_clip erc_low erc_high erc_drop entropy kl".split()
+MEANS = "ppo_clip erc_low erc_high erc_drop entropy kl".split()     # metrics: means over tokens
 
 
 def record(seen, mask_BT, tokens):
-    """What decided on each token: {name: (B, T)} -> means over tokens; all goes to `tokens`."""
+    """What was seen of each token, {name: (B, T) or (B, 1)} -> the means named in MEANS. The list
+    `tokens`, if there is one, gets all of it as {name: (N,)}."""
     seen = {name: x.detach().expand_as(mask_BT)[mask_BT].float().cpu() for name, x in seen.items()}
     if tokens is not None:
-        tokens.append(seen)                                                 # {name: (N,)}
+        tokens.append(seen)
     return {name: seen[name].mean().item() for name in MEANS}
 
 
@@ -300,8 +303,9 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     """Sample, verify, keep the groups that teach -> (groups, one sample, new cursor, metrics).
 
     These are the groups of unequal rewards; for grpo, all. `prompts` are (token ids, answer), and
-    `cursor` counts those drawn so far. Rounds go on until prompts_per_step groups are kept. What is
-    drawn depends on seed, step, cursor, rank and number of ranks alone: a resumed run draws it too.
+    `cursor` counts those drawn so far. Rounds go on until prompts_per_step groups are kept, but no
+    longer than max_rounds. What is drawn depends on seed, step, cursor, rank and number of ranks
+    alone: a resumed run draws it too.
     """
     G = cfg.group_size
     keep_all = cfg.algo == "grpo"       # eq. 5 averages over all responses; DAPO filters groups
@@ -631,7 +635,8 @@ def parse_args(argv):
 
 
 def start(cfg):
-    """Join the other ranks, if there are any, and quieten the libraries -> this rank's device."""
+    """Check what needs no model, join the other ranks, if there are any, and quieten the libraries
+    -> this rank's device."""
     import transformers
     cuda = torch.cuda.is_available()
     need(cfg.data.strip(", "), "--data or --benchmarks: names nothing")
@@ -1149,12 +1154,12 @@ class HFSampler:
             y_B1 = logp_BV.exp().multinomial(1) if temperature else logp_BV.argmax(-1, keepdim=True)
             columns.append(logp_BV.gather(1, y_B1))
             return logp_BV.scatter(1, y_B1, 1.0)                # all others are at most 0
-        # `generate` takes unset fields from the checkpoint's; gradient checkpointing has no cache.
+        # `generate` takes unset fields from the checkpoint's.
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos,
             pad_token_id=self.eos[0])                           # `end` cuts it off
-        self.model.eval()
+        self.model.eval()                   # or gradient checkpointing would do without a cache
         rows = [torch.tensor(p) for p in prompts for _ in range(n)]
         samples = []
         longest = max_tokens + max(map(len, prompts), default=0)
@@ -1343,8 +1348,8 @@ def make_sampler(cfg, model, eos, longest):
 
 
 def free_memory(device):
-    """Bytes that this process may have: on a GPU with its weights, which are there; on a CPU
-    without them, as they are not read yet."""
+    """Bytes that this process may have, its weights included. On a CPU those of an fp32 file still
+    lie in the page cache, which counts as free. Others do not: the plan has them twice."""
     if device.type == "cuda":
         torch.cuda.empty_cache()                                # what loading has left behind
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
@@ -1640,13 +1645,15 @@ def curves(labels, path):
 
 def token_panels(labels, path):
     """Figs. 1a, 3, 4, 1c from tokens.npz, the updates of one step: a row a label, its first run.
-    Of a run without ERC the colours show what ERC would have dropped."""
+    The colours show which tokens are out of the band, also where they are not dropped: in a run
+    without ERC, or if one-sided ERC keeps them."""
     import numpy as np
     from matplotlib.figure import Figure
     files = [next(iter(runs)) / "tokens.npz" for runs in labels.values()]
     files = [file for file in files if file.exists()]
     if not files:
-        return print(f"{path} is not drawn: no run has a tokens.npz yet")
+        say(f"{path} is not drawn: no run has a tokens.npz yet")
+        return
     fig = Figure((19, 4.5 * len(files)), layout="constrained")
     panels = [("π_old", "rho", "1a"), ("π_old", "π_θ", "3"), ("π_θ", "entropy", "4")]
     for file, (*axes, histogram) in zip(files, fig.subplots(len(files), 4, squeeze=False)):
@@ -1681,10 +1688,10 @@ def plot(runs, out):
 
 def build_tiny(path, target=0.30, seed=0):
     """The tiny preset's base model and problems: 0.5 M parameters, Qwen2's architecture, bytes for
-    tokens, warmed up on two-digit sums of which two in three are wrong, most by a forgotten or an
-    invented carry. So it samples the right answer among others, but often not first. It slows down
-    towards an expected reward of `target`, and stops there: after a fixed number of steps, the last
-    digits of a machine's arithmetic would decide how far it got."""
+    tokens, warmed up on two-digit sums of which two in three are wrong, half of these by a
+    forgotten or an invented carry. So it samples the right answer among others, but often not
+    first. It slows down towards an expected reward of `target`, and stops there: after a fixed
+    number of steps, the last digits of a machine's arithmetic would decide how far it got."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
     say(f"building the tiny base model in {path}, once")
