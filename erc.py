@@ -299,6 +299,22 @@ class Sample:
     advantage: float = 0.0
 
 
+def respond(sampler, verifier, tokenizer, prompts, n, metrics, *how, seed):
+    """n responses to each of the prompts, (token ids, answer), with their rewards -> list[Sample].
+
+    `how` is what samplers take: the greatest number of tokens, temperature, top-p.
+    """
+    with timed(metrics, "seconds_sample"):
+        samples = sampler.generate([ids for ids, _ in prompts], n, *how, seed=seed)
+    texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
+    with timed(metrics, "seconds_verify"):
+        rewards = verifier.score(texts, [answer for _, answer in prompts for _ in range(n)])
+    for s, text, reward in zip(samples, texts, rewards):
+        s.reward = reward
+        s.boxed = last_boxed(text) is not None
+    return samples
+
+
 def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
     """Sample, verify, keep the groups that teach -> (groups, one sample, new cursor, metrics).
 
@@ -321,15 +337,8 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
             mine.append(prompts[order[i % n]])
         cursor += count
         seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32) + RANK
-        with timed(metrics, "seconds_sample"):
-            samples = sampler.generate([ids for ids, _ in mine], G, cfg.max_response_tokens,
-                                       cfg.temperature, seed=seed)
-        texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
-        with timed(metrics, "seconds_verify"):
-            rewards = verifier.score(texts, [answer for _, answer in mine for _ in range(G)])
-        for s, text, reward in zip(samples, texts, rewards):
-            s.reward = reward
-            s.boxed = last_boxed(text) is not None
+        samples = respond(sampler, verifier, tokenizer, mine, G, metrics, cfg.max_response_tokens,
+                          cfg.temperature, seed=seed)
         shaped = [s.reward - overlong(len(s.response), cfg) for s in samples]
         advantages_PG = group_advantages(torch.tensor(shaped).view(-1, G))  # eq. 4
         for s, advantage in zip(samples, advantages_PG.flatten().tolist()):
@@ -1524,12 +1533,9 @@ BENCHMARKS = {  # data set, responses a problem, tokens a response (§4.1)
 def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0.0, top_p=1.0,
              seed=0):
     """k responses to each (ids, answer) -> a list a problem of (score, length, cut off)."""
-    mine = prompts[RANK::WORLD]
-    samples = sampler.generate([ids for ids, _ in mine], k, max_tokens, temperature, top_p,
-                               seed + RANK)
-    texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
-    scores = verifier.score(texts, [answer for _, answer in mine for _ in range(k)])
-    rows = [(score, len(s.response), s.truncated) for score, s in zip(scores, samples)]
+    samples = respond(sampler, verifier, tokenizer, prompts[RANK::WORLD], k, {}, max_tokens,
+                      temperature, top_p, seed=seed + RANK)
+    rows = [(s.reward, len(s.response), s.truncated) for s in samples]
     parts = gather(batched(rows, k))
     return [parts[p % WORLD][p // WORLD] for p in range(len(prompts))]
 
