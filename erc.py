@@ -299,13 +299,14 @@ class Sample:
     advantage: float = 0.0
 
 
-def respond(sampler, verifier, tokenizer, prompts, n, metrics, *how, seed):
+def respond(metrics, sampler, verifier, tokenizer, prompts, n, max_tokens, temperature, top_p, seed):
     """n responses to each of the prompts, (token ids, answer), with their rewards -> list[Sample].
 
-    `how` is what samplers take: the greatest number of tokens, temperature, top-p.
+    Adds its times to the metrics.
     """
     with timed(metrics, "seconds_sample"):
-        samples = sampler.generate([ids for ids, _ in prompts], n, *how, seed=seed)
+        samples = sampler.generate([ids for ids, _ in prompts], n, max_tokens, temperature, top_p,
+                                   seed)
     texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
     with timed(metrics, "seconds_verify"):
         rewards = verifier.score(texts, [answer for _, answer in prompts for _ in range(n)])
@@ -337,8 +338,8 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
             mine.append(prompts[order[i % n]])
         cursor += count
         seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32) + RANK
-        samples = respond(sampler, verifier, tokenizer, mine, G, metrics, cfg.max_response_tokens,
-                          cfg.temperature, seed=seed)
+        samples = respond(metrics, sampler, verifier, tokenizer, mine, G, cfg.max_response_tokens,
+                          cfg.temperature, 1.0, seed)
         shaped = [s.reward - overlong(len(s.response), cfg) for s in samples]
         advantages_PG = group_advantages(torch.tensor(shaped).view(-1, G))  # eq. 4
         for s, advantage in zip(samples, advantages_PG.flatten().tolist()):
@@ -801,8 +802,9 @@ def problem_from(record, prompt_field, answer_field):
     """One record -> Problem; UserError or ValueError says why it is none."""
     need(isinstance(record, dict), "it is no JSON object")
     name, prompt = lookup(record, prompt_field or PROMPTS)
-    turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
-    turns = [turn for turn in turns if turn != dict(role="system", content="")]
+    if isinstance(prompt, list):
+        prompt = [turn for turn in prompt if turn != dict(role="system", content="")]
+    turns = as_turns(prompt)
     with explained(f"{name} is neither a text nor a list of messages"):
         texts = [turn["content"].strip() for turn in turns if turn["role"]]
     need(texts and all(texts), f"{name} is empty")
@@ -817,7 +819,6 @@ def problem_from(record, prompt_field, answer_field):
         need(not index or isinstance(answer, str) and answers[0] in choices,
              f"{name} is an index into the choices")
     "".join(texts + answers).encode()                           # a lone surrogate is no text
-    prompt = turns if isinstance(prompt, list) else prompt
     return Problem(prompt, answers if len(answers) > 1 else answers[0])
 
 
@@ -891,11 +892,15 @@ def load_prompts(source, tokenizer, cfg):
     return short
 
 
+def as_turns(prompt):
+    """A text becomes the user's turn; chat messages stay what they are."""
+    return prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
+
+
 def encode(tokenizer, prompt, instruction="", template_kwargs={}):
     """A text, as the user's turn, or chat messages -> token ids of the chat template; without one,
     of the bare text. A last turn of the assistant's is continued."""
-    turns = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
-    turns = [dict(turn) for turn in turns]                      # the problem itself stays as it is
+    turns = [dict(turn) for turn in as_turns(prompt)]           # the problem itself stays as it is
     users = [turn for turn in turns if turn["role"] == "user"]
     if instruction and users:
         users[-1]["content"] += f"\n{instruction}"
@@ -1533,8 +1538,8 @@ BENCHMARKS = {  # data set, responses a problem, tokens a response (§4.1)
 def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0.0, top_p=1.0,
              seed=0):
     """k responses to each (ids, answer) -> a list a problem of (score, length, cut off)."""
-    samples = respond(sampler, verifier, tokenizer, prompts[RANK::WORLD], k, {}, max_tokens,
-                      temperature, top_p, seed=seed + RANK)
+    samples = respond({}, sampler, verifier, tokenizer, prompts[RANK::WORLD], k, max_tokens,
+                      temperature, top_p, seed + RANK)
     rows = [(s.reward, len(s.response), s.truncated) for s in samples]
     parts = gather(batched(rows, k))
     return [parts[p % WORLD][p // WORLD] for p in range(len(prompts))]
