@@ -379,7 +379,7 @@ def forward(model, samples, cfg):
     with autocast(model.device, cfg.precision):
         hidden_BLD = model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
     hidden_ND = hidden_BLD[b_N, prompt_length_B[b_N] + t_N - 1]
-    kappa = cfg.erc_mode == "one-sided" and torch.is_grad_enabled()    # π_old, under no_grad: none
+    kappa = cfg.erc_mode == "one-sided" and torch.is_grad_enabled()    # not for π_old
     stats = token_stats(hidden_ND, model.get_output_embeddings(), y_BT[mask_BT],
                         cfg.temperature, entropy_grad=cfg.entropy_coef != 0, kappa=kappa)
     zeros_BT = torch.zeros(mask_BT.shape, device=model.device)
@@ -415,7 +415,7 @@ def update(model, optimizer, groups, cfg, scaler):
     on the first mini-batch, or else UserError. The GradScaler is fp16's, against underflow.
     """
     minis = [sum(part, []) for part in batched(groups, cfg.minibatch_prompts)]
-    plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]
+    plan = [micro_batches(mini, cfg.micro_tokens) for mini in minis]    # this rank's share
     old, metrics = old_statistics(model, sum(plan, []), cfg)
     old = iter(old)
     tokens = []
@@ -464,7 +464,7 @@ def train(cfg):
     problems = crc32(repr((prompts, heldout)).encode())     # a run goes on only with those it had
     done, cursor = begin(out, cfg, model, optimizer, scaler, problems)
     failed = 0                                              # steps in a row without an update
-    tokens = {}
+    tokens = {}                                             # of the last step with an update
     sampler.load_weights(model)
     if heldout and not cfg.resume:
         accuracy = greedy_accuracy(sampler, verifier, tokenizer, heldout, cfg)
@@ -626,9 +626,10 @@ def parser(command, names, **defaults):
     return ap
 
 
-def parse_args(argv):
-    """Command line -> Config: the preset's settings, overridden by flags. Under --resume the run's
-    own config.json, which flags may repeat but not change; UserError names what differs."""
+def parse_train(argv):
+    """Command line of a run -> Config: the preset's settings, overridden by flags. Under --resume
+    the run's own config.json, which flags may repeat but not change; UserError names what differs.
+    """
     given = vars(parser("", Config.__annotations__).parse_args(argv))
     cfg = Config(**PRESETS[given.get("preset", "paper")] | given)
     if not cfg.resume:
@@ -1773,7 +1774,7 @@ def main(argv=None):
             plot(**vars(ap.parse_args(argv[1:])))
             return 0
         evaluating = argv[:1] == ["eval"]
-        cfg = parse_eval(argv[1:]) if evaluating else parse_args(argv)
+        cfg = parse_eval(argv[1:]) if evaluating else parse_train(argv)
         if torch.cuda.device_count() > 1 and not launched:
             say(f"one process a GPU: {' '.join(on_all_gpus(argv))}")
             os.execv(sys.executable, on_all_gpus(argv))
