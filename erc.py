@@ -299,14 +299,13 @@ class Sample:
     advantage: float = 0.0
 
 
-def respond(metrics, sampler, verifier, tokenizer, prompts, n, max_tokens, temperature, top_p, seed):
+def respond(metrics, sampler, verifier, tokenizer, prompts, n, max_tokens, temperature, **how):
     """n responses to each of the prompts, (token ids, answer), with their rewards -> list[Sample].
 
-    Adds its times to the metrics.
+    `how` is the sampler's: seed, top_p. The time that it takes is added to the metrics.
     """
     with timed(metrics, "seconds_sample"):
-        samples = sampler.generate([ids for ids, _ in prompts], n, max_tokens, temperature, top_p,
-                                   seed)
+        samples = sampler.generate([ids for ids, _ in prompts], n, max_tokens, temperature, **how)
     texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
     with timed(metrics, "seconds_verify"):
         rewards = verifier.score(texts, [answer for _, answer in prompts for _ in range(n)])
@@ -339,7 +338,7 @@ def rollout(cfg, step, cursor, sampler, verifier, tokenizer, prompts):
         cursor += count
         seed = random.Random(f"sample {cfg.seed} {step} {attempt}").getrandbits(32) + RANK
         samples = respond(metrics, sampler, verifier, tokenizer, mine, G, cfg.max_response_tokens,
-                          cfg.temperature, 1.0, seed)
+                          cfg.temperature, seed=seed)
         shaped = [s.reward - overlong(len(s.response), cfg) for s in samples]
         advantages_PG = group_advantages(torch.tensor(shaped).view(-1, G))  # eq. 4
         for s, advantage in zip(samples, advantages_PG.flatten().tolist()):
@@ -1540,7 +1539,7 @@ def evaluate(sampler, verifier, tokenizer, prompts, k, max_tokens, temperature=0
              seed=0):
     """k responses to each (ids, answer) -> a list a problem of (score, length, cut off)."""
     samples = respond({}, sampler, verifier, tokenizer, prompts[RANK::WORLD], k, max_tokens,
-                      temperature, top_p, seed + RANK)
+                      temperature, top_p=top_p, seed=seed + RANK)
     rows = [(s.reward, len(s.response), s.truncated) for s in samples]
     parts = gather(batched(rows, k))
     return [parts[p % WORLD][p // WORLD] for p in range(len(prompts))]
@@ -1562,8 +1561,8 @@ def greedy_accuracy(sampler, verifier, tokenizer, heldout, cfg):
 
 
 def parse_eval(argv):
-    """Command line of eval -> Config. Of its fields `data` holds the benchmarks, `group_size` k, and
-    `out` the file of all scores."""
+    """Command line of eval -> Config: `data` holds the benchmarks, `group_size` k, and `out` the
+    file of all scores."""
     defaults = dict(data=", ".join(BENCHMARKS), group_size=0, max_prompt_tokens=math.inf,
                     max_response_tokens=0, temperature=0.6, gpu_memory=0.85)
     names = ("model prompt_field answer_field instruction template_kwargs "

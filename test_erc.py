@@ -1262,8 +1262,8 @@ def watch_ranks(base):
         time.sleep(2)
         shutil.copytree(base, path)
 
-    def generate(sampler, prompts, *rest, seed):
-        samples = honest(sampler, prompts, *rest, seed=seed)
+    def generate(sampler, prompts, *rest, seed, **how):
+        samples = honest(sampler, prompts, *rest, seed=seed, **how)
         write(Path(f"rank{erc.RANK}"), json.dumps([(s.prompt, seed, s.response) for s in samples]))
         return samples
     erc.build_tiny, honest, erc.HFSampler.generate = build, erc.HFSampler.generate, generate
