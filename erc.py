@@ -39,12 +39,12 @@ import sys
 import time
 import unicodedata
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 from zlib import crc32
@@ -304,7 +304,8 @@ def respond(metrics, sampler, verifier, tokenizer, prompts, n, max_tokens, tempe
 
     `how` is the sampler's: seed, top_p. The time that it takes is added to the metrics.
     """
-    with timed(metrics, "seconds_sample"):
+    what = "sampling failed; if the weights have diverged, lower --lr"
+    with timed(metrics, "seconds_sample"), explained(what):
         samples = sampler.generate([ids for ids, _ in prompts], n, max_tokens, temperature, **how)
     texts = tokenizer.batch_decode([s.response for s in samples], skip_special_tokens=True)
     with timed(metrics, "seconds_verify"):
@@ -636,6 +637,8 @@ def parse_train(argv):
     path = Path(cfg.out, "config.json")
     with explained(f"--resume: {path} is not there, damaged, or of another version"):
         saved = json.loads(path.read_text())
+        need(Path(cfg.out, "checkpoint/state.pt").exists(),
+             f"--resume: {cfg.out} has no checkpoint; start it again without --resume")
         cfg = Config(**saved | given)
         free = "steps eval_every save_every micro_tokens out resume".split()
         differ = [f"{flag(name)} {value} (was {saved[name]})" for name, value in vars(cfg).items()
@@ -652,6 +655,8 @@ def start(cfg):
     need(cfg.data.strip(", "), "--data or --benchmarks: names nothing")
     need(isinstance(unpacked(cfg.template_kwargs), dict),
          f"--template-kwargs {cfg.template_kwargs}: must be a JSON object")
+    need(cfg.sampler != "vllm" or find_spec("vllm"),
+         "--sampler vllm: it is not installed; pip install vllm, or take --sampler hf")
     need(cuda or cfg.model != Config.model,
          "no CUDA device: this run needs an 80 GB GPU; on a CPU, python erc.py --preset tiny")
     if cuda:
@@ -768,9 +773,9 @@ class Problem(NamedTuple):
     answer: str | list          # the reference; of several any one is accepted
 
 
-PROMPTS = "problem, question, prompt, input, messages"
-ANSWERS = ("answer, final_answer, target, expected_answer, ground_truth, label, "
-           "reward_model.ground_truth, solution")
+PROMPTS = "problem question prompt input messages".split()
+ANSWERS = ("answer final_answer target expected_answer ground_truth label "
+           "reward_model.ground_truth solution").split()
 CHOICES = ("choices", "options", "endings")
 NO_ANSWER = {"", "proof", "notfound", "null", "nan", "n/a"}     # what data sets write for none
 KINDS = dict(json="json", jsonl="json", ndjson="json", parquet="parquet", csv="csv", arrow="arrow")
@@ -783,35 +788,36 @@ def unpacked(value):
         held = json.loads(value)
     except (TypeError, ValueError, RecursionError):             # no text, or none of JSON
         return value
-    return held if isinstance(held, dict) or '"' in str(value) else value
+    texts = isinstance(held, list) and all(isinstance(x, str | dict) for x in held)
+    return held if texts or isinstance(held, dict) else value
 
 
 def lookup(record, names):
     """The first of these fields that a record has -> (name, value). "a.b" is b in a; any case."""
-    for name in names.split(", "):
+    for name in names:
         value = record
         for part in name.lower().split("."):
             found = value.items() if isinstance(value, dict) else ()
             value = unpacked(next((x for key, x in found if key.lower() == part), None))
         if value is not None:
             return name, value
-    raise UserError(f"it has none of the fields {names}; it has {', '.join(record)}")
+    raise UserError(f"it has none of the fields {', '.join(names)}")
 
 
-def problem_from(record, prompt_field, answer_field):
-    """One record -> Problem; UserError or ValueError says why it is none."""
+def problem_from(record, prompt_fields, answer_fields):
+    """One record -> Problem; UserError, TypeError or ValueError says why it is none."""
     need(isinstance(record, dict), "it is no JSON object")
-    name, prompt = lookup(record, prompt_field or PROMPTS)
+    name, prompt = lookup(record, prompt_fields)
     if isinstance(prompt, list):
         prompt = [turn for turn in prompt if turn != dict(role="system", content="")]
     turns = as_turns(prompt)
     with explained(f"{name} is neither a text nor a list of messages"):
-        texts = [turn["content"].strip() for turn in turns if turn["role"]]
+        texts = [turn["role"] and turn["content"].strip() for turn in turns]
     need(texts and all(texts), f"{name} is empty")
     told = turns[-1]["role"] == "assistant" and last_boxed(texts[-1])
     need(not told, f"the last of {name} tells the answer")
-    name, answer = lookup(record, answer_field or ANSWERS)
-    boxed = name == "solution" and not answer_field             # only its box is the answer
+    name, answer = lookup(record, answer_fields)
+    boxed = name == "solution" and answer_fields is ANSWERS     # only its box is the answer
     answers = [answer_text(x, name, boxed) for x in as_list(answer)]
     need(answers, f"{name} is empty")
     for choices in (x for key, x in record.items() if key.lower() in CHOICES and x):
@@ -852,7 +858,7 @@ def read_rows(source):
             # Without the filter a blank makes floats of a whole column of integers.
             how = dict(na_filter=False) if kind == "csv" else {}
             data = load_dataset(kind, data_files=str(path), split=split, **how)
-        elif any(path.rglob("state.json")):                     # left by save_to_disk
+        elif (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             data = load_from_disk(path)
             data = data[split] if isinstance(data, dict) else data
         else:
@@ -863,15 +869,19 @@ def read_rows(source):
 def load_problems(source, prompt_field="", answer_field=""):
     """A file, a directory or a hub data set -> list[Problem]. Records that cannot be used are left
     out and counted. UserError: not found, of an unknown kind, or none can be used."""
+    prompt_fields = [prompt_field] if prompt_field else PROMPTS
+    answer_fields = [answer_field] if answer_field else ANSWERS
     problems = []
     left_out = []
     for number, row in enumerate(read_rows(source), 1):
         if row == b"":                                          # a blank line still counts
             continue
+        record = unpacked(row)
         try:
-            problems.append(problem_from(unpacked(row), prompt_field, answer_field))
-        except (UserError, ValueError) as e:
-            left_out.append(f"line or record {number}: {e}")
+            problems.append(problem_from(record, prompt_fields, answer_fields))
+        except (UserError, TypeError, ValueError) as e:
+            fields = ", ".join(record) if isinstance(record, dict) else "no fields"
+            left_out.append(f"line or record {number}: {e}; it has {fields}")
     need(problems, f"{source}: holds no problems; {(left_out or ['it is empty'])[0]}")
     if left_out:
         total = len(problems) + len(left_out)
@@ -947,18 +957,19 @@ LINES = (r"(?:\\\{ *)?(?<![(\[])(?<![(\[] )\\begin\{(?:cases|aligned|array)\}(?:
          r"\\end\{(?:cases|aligned|array)\}(?: *\.)?")
 SPELLINGS = [
     (r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]|\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),  # \$18
-    (r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|displaystyle|bf|rm|it)(?![A-Za-z]))|~|\s", " "),   # 10\,000
+    (r"(?:(?<!\\)\\(?:[,;:> ]|(?:q?quad|displaystyle|bf|rm|it)(?![A-Za-z]))|~|\s)+", " "),
     (r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|boldsymbol|bm|mbox|emph|underline|operatorname) *"
      r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}",                           # \textbf{(A)} -> (‹A)
      lambda m: " " + re.sub("[A-Za-z]+", r"‹\g<0>", m[1]) + " "),
     (r"(?<=\\\\)\[[\d.]+ ?[a-z]+\]", ""),                               # \\[4pt]
+    (r"\\\\ ?(?=\\end)", ""),                                           # no line is behind it
     (LINES, lambda m: " " + re.sub(r",? *\\\\", ", ", m[1]).replace("&", " ") + " "),
     (r"(?:(?<![\\A-Za-z])|\\)sqrt *(?:(\d+)|\(([^()]*)\)|\{([^{}]*)\})", r"\\sqrt{\1\2\3}"),
     (r"(?<![\\A-Za-z])‹?(pi|(?:arc)?(?:sin|cos|tan)|log|ln)(?![A-Za-z])", r"\\\1 "),
     (r"^ *[A-Za-z]? *\\approx|\\approx.*", ""),                         # x ≈ 3.14  \frac13 ≈ 0.333
     (r"\\lg(?![A-Za-z])", r"\\log "), (r"\\varnothing", r"\\emptyset "),
     (r";|(?: *,)? +‹?and ", ", "),                                      # (0; 3]  A, B, and C
-    (" +", " "), (r"(?<![., ])(?: ?\\\\)? ?[.,:]? ?$", ""),             # a full stop at the end
+    (" +", " "), (r"(?<![., ])(?: ?\\+)? ?[.,:]? ?$", ""),             # a full stop at the end
 ]
 # These words make another number of it (4 or seven, 5 million), or another statement.
 OTHER = (r"\b(?:or|not|to|than|at|plus|minus|hundred|thousand|\w*illion|dozen|lakh|crore|if|when|"
@@ -1053,11 +1064,12 @@ def equal(boxed, reference):
         return squash(boxed) != ""
     if words(boxed) or words(reference):
         return words(boxed) == words(reference)
-    if re.search(r"\d_|(?<![a-z] )\b\d+ \d", f"{boxed}, {reference}"):
+    if re.search(r"(?<!\^)(?:\d_|(?<![a-z] )\b\d+ \d)", f"{boxed}, {reference}"):
         return False                        # to math-verify 4_7 is 4, and 7 2 0 0 a product: 0
 
     # R and r are the same letter, unless an answer has both: R - r.
-    letters = [re.sub(r"\\[A-Za-z]+", "", text) for text in (boxed, reference)]
+    commands = r"\\(?:begin|end)\{\w*\}|\\[A-Za-z]+"
+    letters = [re.sub(commands, "", text) for text in (boxed, reference)]
     any_case = all(len(set(x)) == len(set(x.lower())) for x in letters)
     gold, answer = formula(reference, any_case), formula(boxed, any_case)
     if not verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None):
@@ -1085,7 +1097,8 @@ def verify_worker(pipe, seconds):
             return
         except Exception:                                       # sympy raises nearly all there are
             right = False
-        pipe.send(right)
+        with suppress(BrokenPipeError):
+            pipe.send(right)
 
 
 class Verifier:
@@ -1134,8 +1147,8 @@ class Verifier:
             boxed = last_boxed(response)
             pairs.append([(boxed, reference) for reference in as_list(answer) if boxed])
         distinct = set(sum(pairs, []))
-        with ThreadPoolExecutor(len(self.idle)) as threads:     # each waits for a worker of its own
-            right = dict(zip(distinct, threads.map(self.check, distinct)))
+        with ThreadPool(len(self.idle)) as threads:             # each waits for a worker of its own
+            right = dict(zip(distinct, threads.map(self.check, distinct, 1)))
         return [float(any(right[pair] for pair in some)) for some in pairs]
 
 
@@ -1203,10 +1216,10 @@ class VLLMSampler:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"      # the engine in this process: no IPC
         os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = torch.get_float32_matmul_precision()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
         self.eos, cuda = eos, torch.cuda.is_available()
         with explained(f"vLLM does not start with {path}; change --gpu-memory, lower "
                        "--max-response-tokens, or take --sampler hf"):
-            from vllm import LLM
             self.llm = LLM(
                 model=path, dtype=DTYPES[precision], max_model_len=max_tokens,
                 enforce_eager=not cuda, enable_sleep_mode=cuda,
@@ -1385,15 +1398,16 @@ def step_memory(model, precision, tokens):
     # A layer saves four tensors as wide as its MLP, in the body's precision, and some ten as wide
     # as its hidden state. The attention's matrix is never held: it is computed in tiles.
     layer = tokens * (36 * D + 4 * DTYPES[precision].itemsize * mlp)
-    saved = 1.2 * config.num_hidden_layers * layer              # malloc adds about a fifth
-    if precision != "fp32":                                     # autocast's copies of the weights
-        saved += 2 * (model.base_model.num_parameters() - V * D)
+    copies = 0                                                  # autocast's, of the body's weights
+    if precision != "fp32":
+        copies = 2 * (model.base_model.num_parameters() - V * D)
+    saved = 1.2 * config.num_hidden_layers * layer + copies     # malloc adds about a fifth
     if model.is_gradient_checkpointing:                         # only the layers' inputs are saved
         saved = config.num_hidden_layers * 4 * tokens * D
     # The head's gradient, five chunks of logits, three times the hidden states.
     head = 4 * (V * D + 5 * 256 * V + 3 * tokens * D)
     return dict(weights=weights, gradients=weights, Adam=2 * weights, activations=saved,
-                working=max(head, 2 * layer))                   # a layer and its gradients
+                working=max(head, copies + layer, 2 * layer))
 
 
 def plan_memory(model, cfg, longest):
@@ -1495,8 +1509,8 @@ def begin(out, cfg, model, optimizer, scaler, problems):
         return 0, 0
     path = out / "checkpoint/state.pt"
     optimizer.state.clear()
-    with explained(f"--resume: {out} has no checkpoint, is damaged, or {model.name_or_path} has "
-                   "changed; put them back, or start a run anew"):
+    with explained(f"--resume: {out} is damaged, or {model.name_or_path} has changed; put them "
+                   "back, or start a run anew"):
         # torch.load takes flipped bits silently.
         need(not zipfile.ZipFile(path).testzip(), f"--resume: {path} is damaged; start anew")
         state = torch.load(path, map_location=model.device, weights_only=True)
@@ -1590,7 +1604,8 @@ def evaluation(cfg):
     device = start(cfg)
     out = Path(cfg.out)
     with explained(f"{out}: not a file of eval's; name another with --out"):
-        done = json.loads(out.read_text())["benchmarks"] if out.exists() else {}
+        done = json.loads(out.read_text()) if out.exists() else {}
+        need(all("responses" in found for found in done.values()), f"{out}: holds something else")
     where = torch.device("cpu") if cfg.sampler == "vllm" else device     # vLLM has its own copy
     model, tokenizer, eos = load_model(cfg.model, where)
     weights = sum(p.sum().item() for p in model.parameters())
@@ -1609,7 +1624,7 @@ def evaluation(cfg):
         if key not in done:
             rows = evaluate(sampler, verifier, tokenizer, prompts, *how)
             done[key] = summary(rows) | dict(responses=rows)
-            rewrite(out, json.dumps(dict(benchmarks=done)))
+            rewrite(out, json.dumps(done))
         got = done[key]
         say(f"{name[-30:]:30}{got['problems']:8}{got['k']:4}{got['accuracy']:8.1%} "
             f"{float(got['standard_error'] or 0):7.1%}{got['length']:9.1f}{got['truncated']:9.1%}")
@@ -1673,17 +1688,17 @@ def token_panels(labels, path):
             t["π_old"] = np.exp(t["old_logp"])
             t["π_θ"] = np.exp(t["logp"])
             t["all tokens"] = np.ones_like(t["rho"])
-        for ax, (x, y, number) in zip(axes, panels):
-            for colour, name in zip(COLOURS, ("all tokens", "erc_high", "erc_low", "ppo_clip")):
-                mask_N = t[name] > 0
-                ax.plot(t[x][mask_N], t[y][mask_N], ".", ms=3, color=colour,
-                        label=f"{name}: {mask_N.mean():.1%}")
-            ax.set(title=f"{file.parent.name}: Fig. {number}", xlabel=x, ylabel=y)
-        axes[0].set(yscale="log", ylim=np.quantile(t["rho"], (0.001, 0.999)) * (0.99, 1.01))
-        axes[1].legend(markerscale=3)
-        r_N = t["π_θ"] / t["π_old"]
-        histogram.hist(r_N, 80, range=np.quantile(r_N, (0.001, 0.999)), log=True)
-        histogram.set(title=f"{file.parent.name}: Fig. 1c", xlabel="r", ylabel="tokens")
+            for ax, (x, y, number) in zip(axes, panels):
+                for colour, name in zip(COLOURS, ("all tokens", "erc_high", "erc_low", "ppo_clip")):
+                    mask_N = t[name] > 0
+                    ax.plot(t[x][mask_N], t[y][mask_N], ".", ms=3, color=colour,
+                            label=f"{name}: {mask_N.mean():.1%}")
+                ax.set(title=f"{file.parent.name}: Fig. {number}", xlabel=x, ylabel=y)
+            axes[0].set(yscale="log", ylim=np.quantile(t["rho"], (0.001, 0.999)) * (0.99, 1.01))
+            axes[1].legend(markerscale=3)
+            r_N = t["π_θ"] / t["π_old"]
+            histogram.hist(r_N, 80, range=np.quantile(r_N, (0.001, 0.999)), log=True)
+            histogram.set(title=f"{file.parent.name}: Fig. 1c", xlabel="r", ylabel="tokens")
     fig.savefig(path, dpi=100)
 
 
@@ -1763,6 +1778,7 @@ def main(argv=None):
         raise KeyboardInterrupt(143)
     signal.signal(signal.SIGTERM, terminate)
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout = sys.stdout or open(os.devnull, "w")            # it may be closed
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")                # a terminal without ρ gets a ?
     try:

@@ -732,6 +732,8 @@ a b c ≟ abc   11,\! 111,\! 111 ≟ 11111111   100, 101 ≟ 100,101   \arctan 2
 \begin{pmatrix}1\\2\end{pmatrix} ≟ \left(\begin{array}{c}1\\[4pt]2\end{array}\right)   \log 5 ≟ \lg 5
 \frac{5}{36} ≟ \frac{5}{36} \approx 0.139   5 ≟ 5 m/s   5 ≟ 5 \text{ m}   15 ≟ 15 miles per hour
 B ≟ b   C ≟ (c)   x=3 ≟ X=3   2n+1 ≟ 2N+1   1202_7 ≟ 1202_{7}   1202_7 ≟ 1202   \frac 1 2 ≟ 0.5
+x^2 2^x ≟ 2^x x^2   360 ≟ 2^3 3^2 5^1   1 ≟ \int_0^1 2x dx   15 ≟ \sum^5_{k=1} k
+\begin{pmatrix}1&x\\3&4\end{pmatrix} ≟ \left(  \begin{array}{cc}1&x\\3&4\\\end{array}\right)
 1e-05 ≟ 0.00001   1e+16 ≟ 10000000000000000   0.0025 ≟ \displaystyle 2.5e-3   20 ≟ 20°C"""
 REJECTED = r"""
 46 ≟ 47   46 ≟ 46.1   10 ≟ 01   \frac13 ≟ 0.33   (1,2) ≟ (2,1)   [0,1] ≟ [0,1)   46 ≟ \text{forty-six or so}
@@ -874,9 +876,11 @@ UNUSABLE = r"""{oops → ¦ 7 → ¦ {"problem": "p"} → it has problem ¦ {"pr
 {"prompt": [{"content": "c"}], "answer": 1} → prompt is neither ¦ {"prompt": [], "answer": 1} → is empty
 {"prompt": [{"role": "user", "content": 3}], "answer": 1} → is neither ¦ {"problem": "p", "answer": NaN} →
 {"problem": "p", "answer": true} → no answer ¦ {"problem": "p", "answer": []} → answer is empty
-{"problem": "p", "answer": ""} → no answer ¦ {"problem": "p", "answer": "NOT FOUND"} → no answer
+{"problem": "p", "answer": "[]"} → answer is empty ¦ {"problem": "p", "answer": "A", "choices": 5} →
+{"prompt": [{"role": null, "content": "c"}], "answer": 1} → ¦ {"problem": "p", "answer": "NOT FOUND"} → no
+{"problem": "p", "answer": ""} → no answer; it has problem, answer ¦ {"problem": "NO UTF-8", "answer": 1} →
 {"problem": "p", "solution": "clear"} → no answer ¦ {"problem": "p", "answer": 5000 DIGITS} →
-{"input": "q", "choices": ["a", "b"], "answer": 1} → index into ¦ {"problem": "NO UTF-8", "answer": 1} →
+{"input": "q", "choices": ["a", "b"], "answer": 1} → index into the choices
 {"question": "q", "options": ["ab", "b"], "answer": "A"} → index into the choices
 {"input": "q", "choices": ["1", "2", "3"], "answer": 2} → index into the choices
 {"messages": [{"role": "assistant", "content": "\\\\boxed{5}"}], "answer": "5"} → tells the answer"""
@@ -995,7 +999,7 @@ TINY --data a.txt → a.txt: of an unknown kind; known are json ¦ TINY --data n
 TINY --data no/thing:main:test → no/thing:main:test: cannot be loaded ¦ TINY --data a.parquet → cannot be
 TINY --data long.jsonl → every prompt is longer than --max-prompt-tokens 32
 eval --model torn --out torn/config.json → torn/config.json: not a file of eval's ¦ TINY --data , → --data
-eval --model torn --out data.json → data.json: not a file of eval's ¦ eval --benchmarks , → --benchmarks
+eval --model torn --out data.json → data.json: holds something else ¦ eval --benchmarks , → --benchmarks
 eval --template-kwargs {x → {x"""
 
 
@@ -1094,6 +1098,7 @@ def test_steps_without_a_box_or_a_difference_say_so(tiny, tmp_path):
 
 
 def test_a_run_without_finite_gradients_stops(tiny, tmp_path, monkeypatch):
+    refuses(call(*tiny.flags, "--lr", 1e30, "--warmup-steps", 0, cwd=tmp_path), "lower --lr")
     monkeypatch.setattr(erc, "group_advantages", lambda rewards_PG: rewards_PG * math.nan)
     done = call(*tiny.flags, "--steps", 9, "--out", tmp_path / "out", cwd=tiny.cwd)
     refuses(done, "no finite gradient in three steps")
@@ -1342,7 +1347,7 @@ def test_the_benchmarks_are_the_papers(monkeypatch):
 def evaluate(four, cwd, *flags, how=call, out="e.json"):
     """What `erc.py eval` prints and saves."""
     args = ["eval", "--model", four.out / "model", "--max-response-tokens", 16, "--out", out, *flags]
-    return succeeds(how(*args, cwd=cwd)), json.loads((cwd / out).read_text())["benchmarks"]
+    return succeeds(how(*args, cwd=cwd)), json.loads((cwd / out).read_text())
 
 
 def test_eval_goes_on_with_the_benchmarks_that_are_missing(tiny, four, tmp_path):
@@ -1355,7 +1360,7 @@ def test_eval_goes_on_with_the_benchmarks_that_are_missing(tiny, four, tmp_path)
     assert len(rows) == 6 and {len(row) for row in rows} == {8} and any(len(set(row)) == 2 for row in rows)
     assert re.search(rf"a.jsonl +6 +8 +{saved[a]['accuracy']:.1%} ", shown), shown
     kept = {a: saved[a] | dict(accuracy=0.123)}     # marks what is kept, and not sampled again
-    write(tmp_path / "e.json", json.dumps(dict(benchmarks=kept)))
+    write(tmp_path / "e.json", json.dumps(kept))
     shown, again = evaluate(four, tmp_path, *flags, "a.jsonl,b.jsonl")
     assert again == kept | {b: saved[b]} and " 12.3% " in shown
     for change in ["--seed", 2], ["--k", 4], ["--temperature", 0.5], ["--instruction", "="]:
