@@ -463,7 +463,7 @@ def train(cfg):
     out = Path(cfg.out)
     problems = crc32(repr((prompts, heldout)).encode())     # a run goes on only with those it had
     done, cursor = begin(out, cfg, model, optimizer, scaler, problems)
-    failed = 0                                              # steps in a row without an update
+    failed = 0                                  # steps in a row without a finite gradient
     tokens = {}                                             # of the last step with an update
     sampler.load_weights(model)
     if heldout and not cfg.resume:
@@ -1082,7 +1082,7 @@ def equal(boxed, reference):
 
 
 def verify_worker(pipe, seconds):
-    """Answer (boxed, reference) pairs from the pipe with 1.0 or 0.0 until it closes.
+    """Answer (boxed, reference) pairs from the pipe with True or False until it closes.
 
     The time limit is the kernel's: after `seconds` of CPU time SIGPROF ends the process, whatever C
     code it is in. math-verify's own timeouts have to wait for the interpreter, and are off."""
@@ -1128,14 +1128,13 @@ class Verifier:
         """Ask an idle worker whether the two are equal."""
         pipe = self.idle.pop()
         if pipe.poll():                                         # idle, it can only say that it died
-            pipe = self.start()
+            pipe = self.start()                                 # of the last pair, or by itself
         right = False
         try:
             pipe.send(pair)
             right = pipe.recv()
         except (EOFError, OSError):                             # a limit ended it
             self.killed += 1
-            pipe = self.start()
         self.idle.append(pipe)
         return right
 
