@@ -566,20 +566,21 @@ def roll(script, cursor=0, **settings):
                 for ids in prompts for text in script.pop(0).split(",")]
 
     def score(texts, answers):
+        verifier.killed += 1
         return [float(text[0] == answer) for text, answer in zip(texts, answers, strict=True)]
 
     def decode(rows, skip_special_tokens):
         return ["".join(map(chr, row)).replace("B", r"\boxed{7}") for row in rows]
-    sampler, verifier = SimpleNamespace(generate=generate), SimpleNamespace(killed=0, score=score)
+    sampler, verifier = SimpleNamespace(generate=generate), SimpleNamespace(killed=7, score=score)
     tokenizer, prompts = SimpleNamespace(batch_decode=decode), [([i], "1") for i in range(5)]
-    groups, _, cursor, metrics = erc.rollout(cfg, 0, cursor, sampler, verifier, tokenizer, prompts)
-    return groups, cursor, metrics, len(seeds), drawn
+    groups, _, *rest = erc.rollout(cfg, 0, cursor, sampler, verifier, tokenizer, prompts)
+    return groups, *rest, len(seeds), drawn
 
 
 def test_groups_of_equal_reward_are_sampled_again_up_to_a_limit():
     groups, cursor, metrics, rounds, _ = roll("1B,1 1,0B 0,0 0,1 1,1 1,1")
     assert [[s.reward for s in group] for group in groups] == [[1, 0], [0, 1]]
-    assert (cursor, rounds, metrics["tokens"]) == (4, 2, 10)
+    assert (cursor, rounds, metrics["tokens"], metrics["verifier_killed"]) == (4, 2, 10, 2)
     shares = [metrics[name] for name in ("reward", "boxed", "response_length")]
     assert shares == pytest.approx([1 / 2, 2 / 8, 10 / 8])
     groups, cursor, metrics, rounds, _ = roll("1,1 " * 6)
@@ -600,8 +601,7 @@ def test_every_problem_is_drawn_once_an_epoch():
     *_, first = roll("1,0 " * 5, prompts_per_step=5)
     *_, second = roll("1,0 " * 5, prompts_per_step=5, cursor=5)
     assert sorted(first) == sorted(second) == [[i] for i in range(5)]
-    *_, other = roll("1,0 " * 5, prompts_per_step=5, seed=2)
-    assert first != second and first != other
+    assert first != second and first != roll("1,0 " * 5, prompts_per_step=5, seed=2)[-1]
 
 
 def test_overlong_responses_lose_advantage_not_reward():
