@@ -448,7 +448,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(loaded, algo):
 
 def test_eos_is_in_the_loss_and_prompt_and_padding_are_not(loaded):
     model, _, (end, *_) = loaded
-    samples = [Sample([60, 61, 62], [70, end], [], False), Sample([60], [70, 71, 72, end], [], False)]
+    samples = [Sample([60, 61, 62], [0, end], [], False), Sample([60], [70, 71, 72, end], [], False)]
     logp_BT, H_BT, mask_BT, _ = erc.forward(model, samples, Config(temperature=0.5))
     assert mask_BT.tolist() == [[True, True, False, False], [True] * 4]
     for s, logp_T, H_T in zip(samples, logp_BT, H_BT):
@@ -457,7 +457,7 @@ def test_eos_is_in_the_loss_and_prompt_and_padding_are_not(loaded):
         assert logp_T[n:].abs().sum() == 0
     logp_BT[0, 1].backward()                        # EOS alone
     used = model.get_input_embeddings().weight.grad.abs().sum(1) > 0
-    assert used[[60, 61, 62, 70]].all() and not used[[71, 72, end]].any()
+    assert used[[60, 61, 62, 0]].all() and not used[[70, 71, 72, end]].any()
 
 
 def test_old_statistics_of_other_weights_are_caught(loaded, monkeypatch):
@@ -517,13 +517,13 @@ def test_the_rehearsal_leaves_weights_and_optimizer_as_they_were(loaded, monkeyp
 def test_memory_is_planned_from_the_data_and_what_is_free(loaded, monkeypatch):
     def planned(mib, **settings):
         monkeypatch.setattr(erc, "free_memory", lambda device: mib * 2**20)
-        cfg = Config(model="m", sampler="hf", minibatch_prompts=4, max_response_tokens=400, **settings)
+        cfg = Config(**dict(model="m", sampler="hf", minibatch_prompts=4, max_response_tokens=400) | settings)
         erc.plan_memory(loaded[0], cfg, longest=500)
         return cfg.micro_tokens
-    assert planned(9000) == 32 * 500                                # at most a mini-batch
+    assert (planned(9000), planned(9000, micro_tokens=1234)) == (32 * 500, 1234)    # at most a mini-batch
     budgets = [planned(mib) for mib in (200, 100, 60)]
     assert budgets == sorted(budgets, reverse=True) and 500 <= budgets[-1] < budgets[0] < 32 * 500
-    assert planned(9000, micro_tokens=1234) == 1234
+    rejects("--gpu-memory", planned, 10, sampler="vllm")            # 6 MiB of weights and Adam, 4 beside it
     rejects("lower --max-response-tokens", planned, 25)
     rejects("lower --micro-tokens", planned, 60, micro_tokens=9000)
     rejects("take a smaller --model", planned, 5)
