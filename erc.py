@@ -898,7 +898,7 @@ def load_prompts(source, tokenizer, cfg):
     prompts = [(encode(tokenizer, p.prompt, cfg.instruction, kwargs), p.answer) for p in problems]
     short = [(ids, answer) for ids, answer in prompts if 0 < len(ids) <= limit]
     need(short, f"{source}: every prompt is longer than --max-prompt-tokens {limit}")
-    say(f"{source}: {len(short)} problems, {len(prompts) - len(short)} are over {limit} tokens")
+    say(f"{source}: {len(short)} problems, {len(prompts) - len(short)} others are too long")
     return short
 
 

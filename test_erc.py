@@ -1,6 +1,6 @@
 """Tests of erc.py. They document the method, too: the numbers derived by hand come first.
 
-    python -m pytest                        all: 4 minutes on two cores, vLLM's included
+    python -m pytest                        all: 5 minutes on two cores, vLLM's included
     python -m pytest -m "not slow"          the method and most faults, about a minute
     ERC_TEST_SEED=1 python -m pytest        on another base model
 
