@@ -1117,6 +1117,7 @@ def assert_same_run(a, b, but=("seconds",)):
         assert m == n
 
 
+@slow
 def test_resume_is_exact(tiny, four, tmp_path, monkeypatch):
     """Two steps and two more are four, bit for bit, also if the disk is full between: a limit on the file
     size stands in for that. Then there is one line, and the checkpoint is whole. A flag may be repeated."""
