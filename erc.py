@@ -233,7 +233,7 @@ def policy_loss(logp_BT, entropy_BT, old_logp_BT, old_entropy_BT, advantages_B, 
     A_B1 = advantages_B[:, None]
     length_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)                   # |y_i|
     log_r_BT = (logp_BT - old_logp_BT).masked_fill(~mask_BT, 0.0)       # padding may hold anything
-    log_r_BT = log_r_BT.clamp(-20, 20)          # or a clipped r = ∞ had the gradient 0 · ∞
+    log_r_BT = log_r_BT.clamp(-20, 20)          # else r = ∞, where clipped, has the gradient 0 · ∞
     entropy_BT = entropy_BT.masked_fill(~mask_BT, 0.0)
 
     r_BT = log_r_BT.exp()                                                   # eq. 1
